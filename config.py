@@ -1,0 +1,124 @@
+"""Configuration: one flat dataclass; a config file states what differs; --name=value on the command line wins.
+
+Sixth file of the reading order. A config file holds plain assignments and their arithmetic, nothing is executed into
+anyone's globals, and a name or type that we don't know is an error that names the closest one.
+"""
+import ast
+import dataclasses
+import difflib
+import json
+import os
+import runpy
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Config:
+    out_dir: str = "out/run"
+    # data (see prepare.SETTINGS)
+    data_dir: str = "data"          # prepared corpora live here, each in a folder named by its settings
+    corpus: str = "numbers"         # "numbers" or a manifest
+    corpus_utterances: int = 9000
+    eval_utterances: int = 200      # held out, with known voices and again with new ones
+    data_seed: int = 1
+    n_semantic: int = 256
+    n_acoustic: int = 256
+    n_level: int = 8
+    switch_penalty: float = 60.0
+    fit_utterances: int = 700
+    text_model: str = "word"
+    text_vocab: int = 0
+    max_audio_s: float = 30.0
+    # sequences
+    mixture: dict = field(default_factory=lambda: {"asr": 1.0, "tts": 1.0, "speech": 0.1, "text": 0.1})
+    mixture_end: dict = field(default_factory=dict)     # from mixture_switch on; empty = mixture all the time
+    mixture_switch: float = 1.0     # share of the steps after which mixture_end holds
+    prompt_len: int = 50            # frames of the TTS voice prompt (500 in OpusLM)
+    loss_region: str = "whole"      # whole (pre-training) or target (fine-tuning)
+    special_weight: float = 1.0     # loss weight of markers, task tokens and eos (10 in the original recipes)
+    softmax: str = "grammar"        # or original: see Model.token_losses
+    # model
+    n_layer: int = 6
+    n_head: int = 6
+    n_kv_head: int = 2
+    d_model: int = 192
+    d_ff: int = 512
+    rope_theta: float = 1e4
+    norm_eps: float = 1e-5
+    # training
+    seed: int = 1
+    row_frames: int = 1024          # S, frames in a packed row
+    batch_rows: int = 2             # rows of the global batch, over all workers and micro-steps
+    grad_accum: int = 1             # micro-steps: a worker takes batch_rows / (workers * grad_accum) rows at a time
+    max_steps: int = 2000
+    warmup: float = 0.02            # share of the steps
+    decay: float = 0.5              # share of the steps at the end, linear to zero
+    lr: float = 3e-3                # AdamW: embeddings, heads, norms
+    muon_lr: float = 0.02           # Muon: the blocks' matrices; 0 = AdamW for them too
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0               # gradient norm
+    dtype: str = "auto"             # activations: bfloat16 where the machine multiplies it fast, else float32
+    workers: int = 0                # processes that `python train.py` starts; 0 = one per core on a CPU
+    save_every: int = 250           # steps
+    keep_last: int = 2              # checkpoints
+    eval_every: int = 250           # steps between held-out losses
+    log_every: int = 10
+    # evaluation
+    tts_utterances: int = 100
+    temperature: float = 0.5        # of stream 0; 0 = greedy
+    acoustic_temperature: float = 0.5
+    top_k: int = 30
+    max_speech_s: float = 6.0       # speech is cut there if it does not end by itself
+
+
+def check(name, value):
+    """The value in the type of field `name`; ValueError for unknown names and wrong types."""
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    if name not in fields:
+        close = difflib.get_close_matches(name, fields, 1)
+        raise ValueError(f"unknown setting {name!r}" + (f": did you mean {close[0]!r}?" if close else
+                         f"; there are: {', '.join(fields)}"))
+    kind = fields[name].type
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise ValueError(f"setting {name!r} takes {kind.__name__}, not {type(value).__name__}: {value!r}")
+    return value
+
+
+def load_config(arguments):
+    """['configs/numbers.py', '--name=value', ...] -> Config. Strings on the command line need no quotes."""
+    values = {}
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, text = argument[2:].partition("=")
+            if not equals:
+                raise ValueError(f"write --{name}=value, not {argument!r}")
+            try:
+                value = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                value = text
+            if any(f.name == name and f.type is str for f in dataclasses.fields(Config)):
+                value = text
+            values[name] = check(name, value)
+        else:
+            if not os.path.isfile(argument):
+                raise ValueError(f"no config file {argument!r}")
+            loaded = runpy.run_path(argument)
+            values |= {n: check(n, v) for n, v in loaded.items() if not n.startswith("_")}
+    return Config(**values)
+
+
+def save_config(config, path):
+    with open(path, "w") as f:
+        json.dump(dataclasses.asdict(config), f, indent=1)
+
+
+def read_config(path):
+    """The Config of a checkpoint or run folder."""
+    if not os.path.exists(path):
+        raise ValueError(f"{path} is missing: is this the folder of a run or of a checkpoint?")
+    with open(path) as f:
+        return Config(**{name: check(name, value) for name, value in json.load(f).items()})

@@ -1,0 +1,171 @@
+"""Data: token shards become packed batches, in an order that depends on nothing but (seed, step).
+
+Fifth file of the reading order. Each step draws examples afresh: a task by the mixture's weights, an utterance, for
+TTS another utterance of its speaker as the voice prompt. Every example is delayed on its own and packed whole:
+
+      row 0   [ asr: seven three five ......][ tts: two hundred and six .................][ text ....]  pad
+      row 1   [ tts: nine .............][ asr: four two one .............][ speech: ............]       pad
+
+Documents never attend to each other (model.py gets their lengths), and a document's first frame is never a target.
+"""
+import json
+import os
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from interleave import TASKS, Vocab, speech_frames, stream0_frames, task_length, text_frames, training_example
+
+SHARD_VERSION = 1
+FILL = 0.97                 # of a batch is drawn before packing: most draws then fit whole
+
+
+class Dataset:
+    """The shards of one split, mapped into memory. ds[i] -> codes (T, N) int64, text ids (M,) int64, speaker number."""
+
+    def __init__(self, folder, split, verify=False):
+        if not os.path.exists(f"{folder}/dataset.json"):
+            raise ValueError(f"{folder} is not a finished dataset: run prepare.py first")
+        with open(f"{folder}/dataset.json") as f:
+            meta = json.load(f)
+        if meta["version"] != SHARD_VERSION:
+            raise ValueError(f"{folder} has data version {meta['version']}, we read {SHARD_VERSION}: run prepare.py again")
+        self.vocab, self.folder = Vocab(**meta["sizes"]), folder
+        self.codes, self.text, index, shard = [], [], [], []
+        self.info = {field: [] for field in ("id", "text", "speaker", "audio")}     # for evaluation and people
+        for number, name in enumerate(meta["splits"][split]["shards"]):
+            path = f"{folder}/{name}"
+            with open(f"{path}.json") as f:
+                shard_meta = json.load(f)
+            if verify:
+                for part, expected in shard_meta["crc32"].items():
+                    with open(f"{path}.{part}.npy", "rb") as f:
+                        if zlib.crc32(f.read()) != expected:
+                            raise ValueError(f"{path}.{part}.npy is damaged: delete {path}.json and run prepare.py again")
+            self.codes.append(np.load(f"{path}.codes.npy", mmap_mode="r"))
+            self.text.append(np.load(f"{path}.text.npy", mmap_mode="r"))
+            index.append(np.load(f"{path}.index.npy"))
+            shard += [number] * len(index[-1])
+            for field, values in self.info.items():
+                values += shard_meta[field]
+        self.index = np.concatenate(index) if index else np.zeros((0, 5), np.int64)
+        self.shard = np.array(shard, np.int64)
+        self.by_speaker, self.place = {}, np.zeros(len(self.index), np.int64)
+        for i, speaker in enumerate(self.index[:, 4].tolist()):
+            group = self.by_speaker.setdefault(speaker, [])
+            self.place[i] = len(group)                  # where utterance i stands among its speaker's
+            group.append(i)
+
+    def __len__(self):
+        return len(self.index)
+
+    def __getitem__(self, i):
+        frame, n_frame, token, n_token, speaker = self.index[i].tolist()
+        codes, text = self.codes[self.shard[i]], self.text[self.shard[i]]
+        return codes[frame:frame + n_frame].astype(np.int64), text[token:token + n_token].astype(np.int64), speaker
+
+    def draw_prompt(self, i, n_frame, rng):
+        """Codes of a random other utterance of i's speaker, at most n_frame of them, from a random place.
+
+        One draw among the others, never a search that could go on for ever; a speaker with a single utterance
+        prompts itself.
+        """
+        group = self.by_speaker[int(self.index[i, 4])]
+        if len(group) > 1:
+            j = int(rng.integers(len(group) - 1))
+            i = group[j + (j >= self.place[i])]         # skip over i itself
+        codes = self[i][0]
+        start = int(rng.integers(max(len(codes) - n_frame, 0) + 1))
+        return codes[start:start + n_frame]
+
+
+def prompt_frames(vocab, codes, n_frame):
+    """Voice prompt codes (T, N), T <= n_frame -> joint-id frames (n_frame, N), padded: the prompt's length is fixed."""
+    return torch.cat([speech_frames(vocab, codes), stream0_frames(vocab, [0] * (n_frame - len(codes)))])
+
+
+@dataclass
+class Batch:
+    tokens: torch.Tensor        # (R, S, N) inputs, delayed
+    targets: torch.Tensor       # (R, S, N)
+    weight: torch.Tensor        # (R, S, N) float; 0 = no loss
+    modality: torch.Tensor      # (R, S) of the target's segment
+    lengths: list               # R lists of document lengths, the padding at the end counted as one; each sums to S
+
+
+class Loader:
+    """Packed training batches of one dataset."""
+
+    def __init__(self, dataset, mixture, n_row, row_frames, prompt_len, seed, special_weight=1.0, loss_region="whole"):
+        """mixture: {task: weight}.  n_row: rows of the global batch.  prompt_len: frames of the voice prompt."""
+        for task in mixture:
+            if task not in TASKS:
+                raise ValueError(f"unknown task {task!r} in the mixture; interleave.py has {', '.join(TASKS)}")
+        self.dataset, self.vocab = dataset, dataset.vocab
+        self.tasks = [task for task, weight in mixture.items() if weight > 0]
+        share = np.array([mixture[task] for task in self.tasks], float)
+        self.share = share / share.sum()
+        self.n_row, self.row_frames, self.prompt_len, self.seed = n_row, row_frames, prompt_len, seed
+        self.weights, self.loss_region = self.vocab.weights(special_weight), loss_region
+        self.dropped = 0            # drawn but did not fit, over the life of this loader
+
+    def length(self, task, i):
+        """Frames that the example (task, utterance i) takes in a row: inputs are one fewer than its sequence."""
+        _, n_frame, _, n_token, _ = self.dataset.index[i].tolist()
+        return task_length(self.vocab, task, {"speech": n_frame, "text": n_token, "prompt": self.prompt_len}) - 1
+
+    def plan(self, step):
+        """The global batch of a step: n_row lists of (task, utterance, seed of its own draws). Pure in (seed, step).
+
+        First-fit-decreasing packing of as many draws as nearly fill the batch; what does not fit is dropped.
+        """
+        rng = np.random.default_rng((self.seed, step))
+        drawn, total, capacity = [], 0, FILL * self.n_row * self.row_frames
+        while True:
+            task = self.tasks[rng.choice(len(self.tasks), p=self.share)]
+            i = int(rng.integers(len(self.dataset)))
+            length = self.length(task, i)
+            if length > self.row_frames:
+                raise ValueError(f"utterance {self.dataset.info['id'][i]} makes a {task} sequence of {length} frames; "
+                                 f"rows have {self.row_frames}: raise row_frames or lower max_audio_s")
+            total += length
+            if total > capacity:
+                break
+            drawn.append((length, task, i, int(rng.integers(2 ** 31))))
+        rows, room = [[] for _ in range(self.n_row)], [self.row_frames] * self.n_row
+        for length, task, i, seed in sorted(drawn, key=lambda example: -example[0]):
+            row = next((r for r in range(self.n_row) if room[r] >= length), None)
+            if row is None:
+                self.dropped += 1
+            else:
+                rows[row].append((task, i, seed))
+                room[row] -= length
+        return rows
+
+    def example(self, task, i, seed):
+        """-> inputs (T, N), targets (T, N), weight (T, N), modality (T,)."""
+        codes, text, _ = self.dataset[i]
+        entries = {"speech": speech_frames(self.vocab, codes), "text": text_frames(self.vocab, text)}
+        if any(segment.of == "prompt" for segment in TASKS[task][1]):
+            prompt = self.dataset.draw_prompt(i, self.prompt_len, np.random.default_rng(seed))
+            entries["prompt"] = prompt_frames(self.vocab, prompt, self.prompt_len)
+        return training_example(self.vocab, task, entries, self.weights, self.loss_region)
+
+    def batch(self, step, rows=None):
+        """The Batch of a step, or only some of its rows (a rank's share): R = len(rows)."""
+        plan = self.plan(step)
+        packed = [self.pack([self.example(*document) for document in plan[r]])
+                  for r in (range(self.n_row) if rows is None else rows)]
+        tensors = (torch.stack(part) for part in list(zip(*packed))[:4])
+        return Batch(*tensors, lengths=[row[4] for row in packed])
+
+    def pack(self, documents):
+        """Documents one after the other, padded to row_frames -> tokens, targets, weight, modality, lengths."""
+        lengths = [len(document[0]) for document in documents]
+        n_pad = self.row_frames - sum(lengths)
+        pad = stream0_frames(self.vocab, [0] * n_pad)
+        empty = (pad, pad, pad.float(), pad[:, 0])
+        parts = [torch.cat(part) for part in zip(*documents, empty)]        # (S, N), (S, N), (S, N), (S,)
+        return *parts, lengths + [n_pad] * (n_pad > 0)

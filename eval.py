@@ -1,0 +1,222 @@
+"""Evaluate: word error rates of recognition and synthesis, and teacher-forced perplexity per stream.
+
+Eleventh file of the reading order.
+  python eval.py out/numbers                        rewrites out/numbers/results.json, wavs and curves
+  python eval.py out/numbers --whisper=DIR          also lets Whisper judge the speech (pip install -e '.[eval]')
+Everything is measured on texts that no training utterance has; "unseen" are voices that training never heard.
+Synthesis is judged on its sound: the wav is tokenized again and read by the model's own recogniser, which is too kind,
+and by Whisper, where given, next to the original recordings and to the originals after tokenizing and decoding.
+"""
+import argparse
+import json
+import math
+import os
+import re
+import sys
+import time
+
+import numpy as np
+import soundfile
+import torch
+from tqdm import tqdm
+
+from data import Dataset, Loader
+from model import batch_loss, mean_losses
+from sample import Speaker
+from spoken_numbers import ONES, cardinal, digits
+from tokenize_audio import Tokenizer, load_audio
+
+
+def edit_distance(reference, hypothesis):
+    """Fewest word insertions, deletions and substitutions between two lists (Levenshtein)."""
+    row = list(range(len(hypothesis) + 1))
+    for i, r in enumerate(reference, 1):
+        diagonal, row[0] = row[0], i
+        for j, h in enumerate(hypothesis, 1):
+            diagonal, row[j] = row[j], min(diagonal + (r != h), row[j] + 1, row[j - 1] + 1)
+    return row[-1]
+
+
+def word_error_rate(references, hypotheses, cap=False):
+    """Corpus WER in percent: all errors / all reference words. cap: an utterance's errors count at most its words,
+    so that one endless repetition does not stand for the whole test."""
+    errors = words = 0
+    for reference, hypothesis in zip(references, hypotheses, strict=True):
+        r, h = reference.split(), hypothesis.split()
+        e = edit_distance(r, h)
+        errors, words = errors + (min(e, len(r)) if cap else e), words + len(r)
+    return 100 * errors / words
+
+
+def spell_out(hypothesis, reference):
+    """Whisper's spelling -> words: lower case, no punctuation, numerals digit by digit where the reference is a digit
+    string and as cardinals otherwise: ('7-3 5.', 'seven three five') -> 'seven three five'."""
+    is_digits = all(word in ONES[:10] for word in reference.split())
+    text = re.sub(r"(?<=\d),(?=\d{3})", "", hypothesis.lower())             # 2,345 -> 2345
+
+    def words(match):
+        numeral = match.group()
+        return f" {digits(numeral) if is_digits or int(numeral) > 9999 else cardinal(int(numeral))} "
+
+    return " ".join(re.sub(r"[^a-z ]", " ", re.sub(r"\d+", words, text)).split())
+
+
+class Whisper:
+    """An external judge through faster-whisper: hear(wav) -> words."""
+
+    def __init__(self, folder):
+        try:
+            from faster_whisper import WhisperModel
+        except ImportError:
+            raise ValueError("--whisper needs faster-whisper: pip install -e '.[eval]'") from None
+        self.model = WhisperModel(folder, device="cpu", compute_type="float32", cpu_threads=os.cpu_count())
+
+    def hear(self, wav, reference):
+        """wav (n,) at 16 kHz, padded with half a second of silence (Whisper is poor on bare short clips) -> words."""
+        silence = np.zeros(Tokenizer.sample_rate // 2, np.float32)
+        padded = np.concatenate([silence, wav.astype(np.float32), silence])
+        segments, _ = self.model.transcribe(padded, language="en", beam_size=1, without_timestamps=True,
+                                            condition_on_previous_text=False)
+        return spell_out(" ".join(segment.text for segment in segments), reference)
+
+
+# ---- the parts ---------------------------------------------------------------------------------------------
+
+def evaluate_asr(speaker, dataset, limit):
+    n = min(limit, len(dataset))
+    if n == 0:
+        return {"wer": None, "n": 0}, []
+    references, hypotheses = dataset.info["text"][:n], speaker.transcribe([dataset[i][0] for i in range(n)])
+    return {"wer": word_error_rate(references, hypotheses), "n": n}, list(zip(references, hypotheses))
+
+
+def evaluate_tts(speaker, dataset, limit, folder, whisper=None, seed=0):
+    """Speak the first texts of `dataset` in the voice of another utterance of the same speaker, and have them read."""
+    n = min(limit, len(dataset))
+    if n == 0:
+        return {"own_asr": {"wer": None, "n": 0, "ended": None}, "whisper": None}, []
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    references = dataset.info["text"][:n]
+    prompts = [dataset.draw_prompt(i, speaker.config.prompt_len, rng) for i in range(n)]
+    spoken = speaker.synthesise(references, prompts, generator)
+    tokenizer = speaker.tokenizer
+    wavs = [tokenizer.decode(codes) for codes, _ in spoken]
+    copies = [tokenizer.decode(dataset[i][0]) for i in range(n)]            # originals, tokenized and decoded again
+    read = lambda wavs: speaker.transcribe([tokenizer.encode(pad_short(wav)) for wav in wavs])      # noqa: E731
+    hypotheses = read(wavs)
+    result = {"own_asr": {"wer": word_error_rate(references, hypotheses, cap=True), "n": n,
+                          "ended": sum(ended for _, ended in spoken) / n,
+                          "resynthesised": word_error_rate(references, read(copies), cap=True)}, "whisper": None}
+    if whisper:
+        originals = [load_audio(path) for path in dataset.info["audio"][:n]]
+        judge = {name: word_error_rate(references, [whisper.hear(wav, text) for wav, text in zip(
+            tqdm(group, f"Whisper: {name}", mininterval=2), references)], cap=True)
+                 for name, group in (("wer", wavs), ("resynthesised", copies), ("original", originals))}
+        result["whisper"] = judge | {"n": n}
+    os.makedirs(folder, exist_ok=True)
+    for i in range(min(4, n)):
+        name = f"{folder}/{i}_{references[i].replace(' ', '_')[:60]}"
+        soundfile.write(f"{name}.model.wav", wavs[i], Tokenizer.sample_rate)
+        soundfile.write(f"{name}.original.wav", copies[i], Tokenizer.sample_rate)
+    return result, list(zip(references, hypotheses))
+
+
+def pad_short(wav):
+    """Speech too short to tokenize (the model ended at once) gets silence behind it, so that it counts as an error."""
+    return np.pad(wav, (0, max(0, 1600 - len(wav))))
+
+
+@torch.no_grad()
+def perplexities(speaker, dataset, n_batch=4):
+    """exp of the mean teacher-forced loss of each kind of token, over ASR and TTS sequences alike."""
+    c = speaker.config
+    if len(dataset) == 0:
+        return None
+    loader = Loader(dataset, {"asr": 1, "tts": 1}, 2, c.row_frames, c.prompt_len, seed=0)
+    reports = [batch_loss(speaker.model, loader.batch(step), c.softmax)[1] for step in range(n_batch)]
+    return {name: math.exp(loss) for name, loss in mean_losses([sum(column) for column in zip(*reports)]).items()}
+
+
+def plot_curves(run):
+    """out.jsonl -> curves.png: loss per kind of token, training and held out, and the learning rate."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    with open(f"{run}/out.jsonl") as f:
+        rows = [json.loads(line) for line in f]
+    names = [name for name in ("text", "semantic", "acoustic1", "acoustic4", "acoustic8") if any(name in r for r in rows)]
+    figure, (losses, rate) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=[3, 1])
+    for i, name in enumerate(names):
+        points = [(r["step"], r[name]) for r in rows if name in r]
+        losses.plot(*zip(*points), color=f"C{i}", alpha=0.6, label=name)
+        held = [(r["step"], r["held_out"][name]) for r in rows if name in r.get("held_out", {})]
+        if held:
+            losses.plot(*zip(*held), "o-", color=f"C{i}", markersize=3, label=f"{name}, held out")
+    losses.set(ylabel="loss, nats per token")
+    losses.legend(fontsize=8, ncol=2)
+    points = [(r["step"], r["lr"]) for r in rows if "lr" in r]
+    if points:
+        rate.plot(*zip(*points), color="black")
+    rate.set(ylabel="learning rate", xlabel="step")
+    figure.tight_layout()
+    figure.savefig(f"{run}/curves.png", dpi=110)
+    plt.close(figure)
+
+
+def evaluate(run, whisper_folder=None):
+    """Measure everything, write results.json, wavs and curves.png into the run's folder; returns the results."""
+    began, speaker = time.time(), Speaker(run)
+    run, c = speaker.run, speaker.config
+    data = speaker.state["data"]
+    seen, unseen = Dataset(data, "seen"), Dataset(data, "unseen")
+    results, transcripts = {"asr": {}}, {}
+    for name, dataset in (("seen", seen), ("unseen", unseen)):
+        results["asr"][name], transcripts[f"asr_{name}"] = evaluate_asr(speaker, dataset, c.eval_utterances)
+    voices = unseen if len(unseen) else seen
+    whisper = Whisper(whisper_folder) if whisper_folder else None
+    results["tts"], transcripts["tts"] = evaluate_tts(speaker, voices, c.tts_utterances, f"{run}/wavs", whisper)
+    results["perplexity"] = {"seen": perplexities(speaker, seen), "unseen": perplexities(speaker, unseen)}
+    record = {"seconds": {}}
+    if os.path.exists(f"{run}/run.json"):           # what train.py measured of itself
+        with open(f"{run}/run.json") as f:
+            record = json.load(f)
+    results["seconds"] = {"prepare": record["seconds"].get("prepare"), "train": speaker.state["seconds"],
+                          "eval": time.time() - began}
+    results["frames_per_second"] = speaker.state["frames"] / speaker.state["seconds"]
+    results["peak_memory_mb"] = record.get("peak_memory_mb")
+    results["parameters"] = sum(p.numel() for p in speaker.model.parameters())
+    for name, content in (("results", results), ("transcripts", transcripts)):
+        with open(f"{run}/{name}.json.tmp", "w") as f:
+            json.dump(content, f, indent=1)
+        os.replace(f"{run}/{name}.json.tmp", f"{run}/{name}.json")
+    plot_curves(run)
+    return results
+
+
+def table(results):
+    """The results as a few readable lines."""
+    percent = lambda x: "  --  " if x is None else f"{x:5.1f} %"           # noqa: E731
+    asr, own, whisper = results["asr"], results["tts"]["own_asr"], results["tts"]["whisper"]
+    lines = [f"ASR WER, new texts   known voices {percent(asr['seen']['wer'])} (n={asr['seen']['n']})"
+             f"   new voices {percent(asr['unseen']['wer'])} (n={asr['unseen']['n']})"]
+    if own["n"]:
+        lines.append(f"TTS WER by own ASR   {percent(own['wer'])} (n={own['n']}; originals after tokenizing "
+                     f"{percent(own['resynthesised'])}), {100 * own['ended']:.0f} % ended by themselves")
+    if whisper:
+        lines.append(f"TTS WER by Whisper   {percent(whisper['wer'])} (originals after tokenizing "
+                     f"{percent(whisper['resynthesised'])}, originals {percent(whisper['original'])})")
+    for name, values in results["perplexity"].items():
+        if values:
+            lines.append(f"perplexity, {name:6s}   " + "  ".join(f"{k} {v:.1f}" for k, v in values.items()))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", help="folder of a run, for instance out/numbers")
+    parser.add_argument("--whisper", help="folder of a Whisper model in CTranslate2 form")
+    args = parser.parse_args()
+    try:
+        print(table(evaluate(args.run, args.whisper)))
+    except ValueError as problem:
+        sys.exit(f"eval.py: {problem}")

@@ -1,0 +1,257 @@
+"""Interleaving: how speech and text become one sequence that a decoder-only Transformer can predict.
+
+First file of the reading order; it imports nothing of ours. It holds the joint vocabulary, the task templates,
+the delay and the loss weights. See it at work:  python interleave.py
+Implements OpusLM (arXiv 2506.17611), section 2; layout facts of its toolkit ESPnet-SpeechLM (arXiv 2502.15218).
+
+Dimension letters, used in every file:
+  B batch   T frames (time)   S frames in a packed row   N streams (9 = 1 semantic or text + 8 acoustic)
+  D width   H query heads   G key-value heads   E head dim   V joint vocabulary
+
+A frame is one row of N ids. Speech fills all N streams (semantic s, acoustic a1..a8, 50 frames a second); text and
+special tokens live in stream 0 and leave the others padded. Drawn with N=3, `.` is pad:
+
+      text frame   w  .  .          speech frame   s  a1  a2          special frame   <eos>  .  .
+"""
+from dataclasses import dataclass
+
+import torch
+
+PAD = 0
+N_SPECIAL = 256         # ids [0, 256) are reserved, as in the published models; most are unused
+SPECIAL = {             # the slots of the published checkpoints: look them up by name, never by number
+    "<pad>": PAD, "<unk>": 1, "<sos/eos>": 5,
+    "<codec_ssl_start>": 34, "<text_bpe_start>": 35, "<spk_start>": 37,
+    "<textlm_task>": 64, "<codec_ssl_asr_task>": 80, "<codec_ssl_tts_task>": 81,
+    "<codec_ssl_plain_tts_task>": 82, "<codec_ssl_audiolm_task>": 83,
+}
+EOS = SPECIAL["<sos/eos>"]
+TEXT, SPEECH = 0, 1     # what a segment is made of
+
+
+# ---- vocabulary --------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Vocab:
+    """The joint vocabulary: specials, semantic codes, one block per acoustic level, text. Sizes come from tokenizers.
+
+        0        256            256+n_semantic                              text_start           size
+        | special | semantic     | acoustic 1 | acoustic 2 | ... | level K   | text               |
+
+    Either half of a speech frame may be absent (n_semantic = 0 or n_level = 0): the ablations of the paper.
+    """
+    n_semantic: int     # clusters of the semantic tokenizer (5000 in OpusLM)
+    n_acoustic: int     # codes per acoustic level (1024 in OpusLM)
+    n_level: int        # acoustic levels (8 in OpusLM)
+    n_text: int         # rows of the text tokenizer (49152 for SmolLM2)
+
+    @property
+    def streams(self):
+        """[(start, end)] joint id range of each stream of a speech frame; its length is N."""
+        sizes = [self.n_semantic] * (self.n_semantic > 0) + [self.n_acoustic] * self.n_level
+        starts = [N_SPECIAL + sum(sizes[:n]) for n in range(len(sizes))]
+        return [(start, start + size) for start, size in zip(starts, sizes)]
+
+    @property
+    def n_stream(self):
+        return len(self.streams)
+
+    @property
+    def text_start(self):
+        return self.streams[-1][1]
+
+    @property
+    def size(self):
+        return self.text_start + self.n_text
+
+    def weights(self, special_weight=1.0):
+        """(V,) loss weight of each id as a target, so that a speech frame counts as much as one text token.
+
+        text 1, semantic 1/2, acoustic 1/(2(N-1)): the frame sums to 1. A half alone shares the 1 evenly.
+        NOTE(paper): one reading of the paper has 1/(N-1) for acoustic codes; every published recipe has 0.0625 =
+        1/(2(N-1)). Those recipes weigh specials 10 in pre-training; we default to 1.
+        """
+        weight = torch.zeros(self.size)
+        weight[1:N_SPECIAL] = special_weight
+        weight[self.text_start:] = 1.0
+        both = self.n_semantic > 0 and self.n_level > 0
+        for n, (start, end) in enumerate(self.streams):
+            weight[start:end] = (0.5 if n == 0 else 0.5 / self.n_level) if both else 1.0 / self.n_stream
+        return weight                                                       # pad keeps 0: it never has a loss
+
+
+def speech_frames(vocab, codes):
+    """Raw codes (T, N), each from 0 in its own codebook -> joint ids (T, N)."""
+    codes = torch.as_tensor(codes, dtype=torch.long)
+    assert codes.ndim == 2 and codes.shape[1] == vocab.n_stream, f"codes {tuple(codes.shape)}, N={vocab.n_stream}"
+    return codes + torch.tensor([start for start, _ in vocab.streams])      # (T, N)
+
+
+def speech_codes(vocab, frames):
+    """Joint ids (T, N) of complete speech frames -> raw codes (T, N): the inverse of `speech_frames`."""
+    return frames - torch.tensor([start for start, _ in vocab.streams])     # (T, N)
+
+
+def stream0_frames(vocab, ids):
+    """Ids (T,) of text or special tokens -> frames (T, N), streams 1.. padded."""
+    frames = torch.full((len(ids), vocab.n_stream), PAD, dtype=torch.long)
+    frames[:, 0] = torch.as_tensor(ids, dtype=torch.long)
+    return frames                                                           # (T, N)
+
+
+def text_frames(vocab, text_ids):
+    """Ids (T,) of the text tokenizer -> frames (T, N)."""
+    return stream0_frames(vocab, torch.as_tensor(text_ids, dtype=torch.long) + vocab.text_start)
+
+
+# ---- task templates ----------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Segment:
+    """One part of a task's sequence: a marker frame (or None), then the frames of entry `of`."""
+    marker: str | None
+    of: str             # which entry of the example: "speech", "text" or "prompt"
+    target: bool = False
+
+    @property
+    def modality(self):
+        return TEXT if self.of == "text" else SPEECH
+
+
+SPEECH_IN, SPEECH_OUT = Segment("<codec_ssl_start>", "speech"), Segment("<codec_ssl_start>", "speech", target=True)
+TEXT_IN, TEXT_OUT = Segment("<text_bpe_start>", "text"), Segment("<text_bpe_start>", "text", target=True)
+
+# A task is its task token and its segments: to add one, add a line. Text-only sequences start bare, without task
+# token or marker, so that they look like what the base LLM was trained on.
+TASKS = {
+    "asr":       ("<codec_ssl_asr_task>", [SPEECH_IN, TEXT_OUT]),
+    "tts":       ("<codec_ssl_tts_task>", [TEXT_IN, Segment("<spk_start>", "prompt"), SPEECH_OUT]),
+    "plain_tts": ("<codec_ssl_plain_tts_task>", [TEXT_IN, SPEECH_OUT]),
+    "speech":    ("<codec_ssl_audiolm_task>", [SPEECH_OUT]),
+    "text":      (None, [Segment(None, "text", target=True)]),
+}
+
+
+def task_length(vocab, task, lengths):
+    """Frames of a task's sequence, from the frames of its entries: {"speech": 79, "text": 5} -> int."""
+    token, segments = TASKS[task]
+    n = 2 if token else 0
+    for segment in segments:
+        n += (segment.marker is not None) + lengths[segment.of] + segment.target + vocab.n_stream - 1
+    return n
+
+
+def build_sequence(vocab, task, entries, loss_region="whole"):
+    """Splice one example into aligned frames, the form in which a row is one moment of speech or one text token.
+
+        ASR   [sos][asr] [speech>] S S S S  P P  [text>] w w [eos] P P                (N = 3: P is N-1 = 2 pad frames)
+        TTS   [sos][tts] [text>] w w  P P  [spk>] S S  P P  [speech>] S S S S [eos] P P
+
+    vocab: Vocab.  entries: {"speech" | "text" | "prompt": joint-id frames (T_i, N)}.
+    loss_region: "whole" trains on every non-pad token, "target" on target segments with their marker and eos.
+    Returns tokens (T, N) long, learn (T,) bool: rows that carry a loss, modality (T,) long: TEXT or SPEECH.
+    The P frames after every segment give the delay room, so that one delay over the whole sequence never moves a
+    code into the next segment.
+    """
+    if loss_region not in ("whole", "target"):
+        raise ValueError(f"loss_region is 'whole' or 'target', not {loss_region!r}")
+    token, segments = TASKS[task]
+    tokens, learn, modality = [], [], []
+
+    def put(frames, in_loss, kind):
+        tokens.append(frames)
+        learn.append(torch.full((len(frames),), in_loss))
+        modality.append(torch.full((len(frames),), kind))
+
+    whole = loss_region == "whole"
+    if token:
+        put(stream0_frames(vocab, [EOS, SPECIAL[token]]), whole, segments[0].modality)
+    for segment in segments:
+        in_loss = whole or segment.target
+        marker = [SPECIAL[segment.marker]] if segment.marker else []
+        put(stream0_frames(vocab, marker), in_loss, segment.modality)
+        put(entries[segment.of], in_loss, segment.modality)
+        put(stream0_frames(vocab, [EOS] * segment.target), in_loss, segment.modality)
+        put(stream0_frames(vocab, [PAD] * (vocab.n_stream - 1)), in_loss, segment.modality)
+    return torch.cat(tokens), torch.cat(learn), torch.cat(modality)        # (T, N), (T,), (T,)
+
+
+def generation_prefix(vocab, task, entries):
+    """What the model is given before it goes on by itself: the task's sequence up to the target's marker, (T, N).
+
+    Entries of the target may be missing; where they are given (continuing speech or text) they end the prefix.
+    """
+    empty = stream0_frames(vocab, [])
+    tokens, _, _ = build_sequence(vocab, task, {of: entries.get(of, empty) for of in ("speech", "text", "prompt")})
+    return tokens[:-vocab.n_stream]                                         # without eos and the last N-1 pad frames
+
+
+# ---- delay -------------------------------------------------------------------------------------------------
+
+def delay(tokens):
+    """Shift stream n down by n rows, so that acoustic level n is predicted n steps after its semantic token.
+
+    (..., T, N) -> (..., T, N), with N=3 and `t n` the token of frame t in stream n:
+
+        aligned     11 12 13       delayed     11  .  .
+                    21 22 23                   21 12  .
+                     .  .  .                    . 22 13
+                     .  .  .                    .  . 23
+
+    All N predictions of a step are made in parallel, yet the code of level n still sees levels < n of its own frame.
+    What would fall off the end must be pad: the caller leaves N-1 pad frames (build_sequence does).
+    NOTE(espnet): its delay cuts those rows silently and returns nothing for N = 1.
+    """
+    T, N = tokens.shape[-2:]
+    delayed = torch.full_like(tokens, PAD)
+    for n in range(N):
+        keep = max(T - n, 0)
+        if (tokens[..., keep:, n] != PAD).any():
+            raise ValueError(f"delay would lose tokens of stream {n}: end the sequence with {N - 1} pad frames")
+        delayed[..., n:, n] = tokens[..., :keep, n]
+    return delayed                                                          # (..., T, N)
+
+
+def undelay(delayed):
+    """The inverse of `delay`: (..., T, N) -> (..., T, N), the last N-1 rows padded again."""
+    T, N = delayed.shape[-2:]
+    tokens = torch.full_like(delayed, PAD)
+    for n in range(N):
+        tokens[..., :max(T - n, 0), n] = delayed[..., n:, n]
+    return tokens                                                           # (..., T, N)
+
+
+# ---- targets and weights -----------------------------------------------------------------------------------
+
+def training_example(vocab, task, entries, weights, loss_region="whole"):
+    """One document, delayed and cut into what the model reads and what it must predict one row later.
+
+    weights: (V,) of `Vocab.weights`. Returns inputs (T-1, N), targets (T-1, N), weight (T-1, N) float,
+    modality (T-1,): that of the segment the stream-0 target belongs to. The first row is never a target.
+    """
+    tokens, learn, modality = build_sequence(vocab, task, entries, loss_region)
+    delayed = delay(tokens)                                                 # (T, N)
+    learn = delay(learn[:, None].long() * (tokens != PAD))                  # (T, N): the loss moves with its token
+    weight = weights[delayed] * learn                                       # (T, N)
+    return delayed[:-1], delayed[1:], weight[1:], modality[1:]
+
+
+def show(vocab, frames):
+    """Frames (T, N) as readable text, one row a line: special names, text ids, or the raw code of each stream."""
+    names = {i: name for name, i in SPECIAL.items()}
+    rows = []
+    for frame in frames.tolist():
+        cells = []
+        for n, i in enumerate(frame):
+            start = vocab.text_start if n == 0 and i >= vocab.text_start else vocab.streams[n][0]
+            cells.append("." if i == PAD else names.get(i) or ("w" if start == vocab.text_start else "") + str(i - start))
+        rows.append(f"{cells[0]:>26} " + " ".join(f"{cell:>4}" for cell in cells[1:]))
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    toy = Vocab(n_semantic=10, n_acoustic=10, n_level=2, n_text=10)
+    four = speech_frames(toy, [[1, 1, 1], [2, 2, 2], [3, 3, 3], [4, 4, 4]])
+    for name in TASKS:
+        example, _, _ = build_sequence(toy, name, {"speech": four, "prompt": four[:2], "text": text_frames(toy, [7, 8])})
+        print(f"\n{name}: aligned\n{show(toy, example)}\n{name}: delayed\n{show(toy, delay(example))}")

@@ -1,0 +1,284 @@
+"""Prepare: a corpus of audio and transcripts becomes a folder of token shards that training can map into memory.
+
+Fourth file of the reading order. The embedded corpus, and any other by its manifest:
+  python prepare.py --corpus=numbers
+  python prepare.py --corpus=my/manifest.tsv --text_model=bpe --text_vocab=2000
+A manifest is tab-separated with a header, or jsonl, with the fields id, audio (a path, relative to the manifest), text,
+speaker, and, if you like, split: train, seen (evaluation, known speakers) or unseen (evaluation, new speakers).
+Without a split column one utterance in 50 is held out as seen.
+
+The folder is named by a hash of everything that shaped it, so that a trial run is never taken for the real one:
+  data/numbers-1a2b3c4d/
+    dataset.json                 written last: version, settings, sizes, shards of each split, hours, rejects
+    rejects.tsv                  id and reason of every utterance that was left out
+    tokenizer/, text.model       the fitted audio and text tokenizers
+    train-00000.codes.npy        (frames, N) int16: raw codes of all utterances of the shard, one after the other
+    train-00000.text.npy         (text tokens,) int32: their text ids
+    train-00000.index.npy        (utterances, 5) int64: first frame, frames, first text id, text ids, speaker number
+    train-00000.json             written last: version, counts, CRC-32 of the three arrays, ids, texts, speakers, audio
+"""
+import csv
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import sys
+import zlib
+
+import numpy as np
+import sentencepiece
+import torch
+from tqdm import tqdm
+
+from tokenize_audio import Tokenizer, fit_tokenizer, load_audio
+
+VERSION = 1
+UTTERANCES_PER_SHARD = 1000
+SPLITS = ("train", "seen", "unseen")
+MIN_RMS = 1e-4              # quieter than this is silence
+
+SETTINGS = dict(            # all that shapes the data; train.py's Config has the same names
+    corpus="numbers",       # "numbers" or the path of a manifest
+    corpus_utterances=9000,     # numbers: training utterances
+    eval_utterances=200,    # numbers: evaluation utterances with known voices, and as many with new ones
+    data_seed=1,
+    n_semantic=256,         # semantic clusters
+    n_acoustic=256,         # codes per acoustic level
+    n_level=8,              # acoustic levels
+    switch_penalty=60.0,    # cost of a change of semantic token, in squared feature distance
+    fit_utterances=700,     # the audio tokenizer is fitted on this many training utterances
+    text_model="word",      # sentencepiece model type: word, bpe, unigram or char
+    text_vocab=0,           # its size; 0 = as many as the corpus has (word and char)
+    max_audio_s=30.0,       # longer utterances are rejected
+)
+
+
+def data_folder(root, settings):
+    """The folder that these settings' data live in: root/<corpus name>-<hash of the settings and of the manifest>."""
+    content = dict(settings, version=VERSION)
+    name = settings["corpus"]
+    if name != "numbers":
+        if not os.path.isfile(name):
+            raise ValueError(f"corpus {name!r} is neither 'numbers' nor a manifest file (tsv or jsonl)")
+        with open(name, "rb") as f:
+            content["manifest"] = hashlib.sha256(f.read()).hexdigest()
+        name = os.path.splitext(os.path.basename(name))[0]
+        content["corpus"] = name
+    return os.path.join(root, f"{name}-{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]}")
+
+
+def is_prepared(folder):
+    return os.path.exists(f"{folder}/dataset.json")
+
+
+def write_file(path, data):
+    """Write bytes or text beside and rename: a file under its final name is always whole."""
+    with open(path + ".tmp", "wb") as f:
+        f.write(data.encode() if isinstance(data, str) else data)
+    os.replace(path + ".tmp", path)
+
+
+# ---- manifest ----------------------------------------------------------------------------------------------
+
+def read_manifest(path):
+    """-> (rows, rejects): rows are dicts with id, audio (full path), text, speaker, split; rejects [(id, reason)]."""
+    with open(path, encoding="utf-8", newline="") as f:
+        raw = [json.loads(line) for line in f if line.strip()] if path.endswith(".jsonl") else list(
+            csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE))
+    rows, rejects, seen = [], [], set()
+    for number, row in enumerate(raw, 1):
+        missing = [field for field in ("id", "audio", "text", "speaker") if row.get(field) is None]
+        if missing:
+            raise ValueError(f"{path}: entry {number} lacks {', '.join(missing)}; "
+                             "a manifest has the fields id, audio, text, speaker and perhaps split")
+        row = {field: str(row[field]).strip() for field in ("id", "audio", "text", "speaker")} | {
+            "split": row.get("split") or ("seen" if zlib.crc32(str(row["id"]).encode()) % 50 == 0 else "train")}
+        row["audio"] = os.path.join(os.path.dirname(os.path.abspath(path)), row["audio"])
+        if row["split"] not in SPLITS:
+            raise ValueError(f"{path}: entry {number} has split {row['split']!r}, we know {', '.join(SPLITS)}")
+        if row["id"] in seen:
+            rejects.append((row["id"], "duplicate id"))
+        elif not row["text"]:
+            rejects.append((row["id"], "empty text"))
+        else:
+            rows.append(row)
+        seen.add(row["id"])
+    return rows, rejects
+
+
+def read_utterance(row, max_audio_s):
+    """The utterance's wav (n,) at 16 kHz. ValueError, with the reason, where it can't be used."""
+    wav = load_audio(row["audio"])
+    if len(wav) > max_audio_s * Tokenizer.sample_rate:
+        raise ValueError(f"{row['audio']}: longer than {max_audio_s:g} s")
+    if np.sqrt(np.mean(wav ** 2)) < MIN_RMS:
+        raise ValueError(f"{row['audio']}: silent")
+    return wav
+
+
+# ---- tokenizers --------------------------------------------------------------------------------------------
+
+def fit_on(rows, settings, folder):
+    """Fit the audio tokenizer on some of the training rows and save it in folder/tokenizer."""
+    rng = np.random.default_rng(settings["data_seed"])
+    wavs, used = [], []
+    for i in rng.permutation(len(rows))[:settings["fit_utterances"]]:
+        try:
+            wavs.append(read_utterance(rows[i], settings["max_audio_s"]))
+            used.append(rows[i])
+        except ValueError:
+            pass                                        # listed among the rejects when its shard is made
+    if not wavs:
+        raise ValueError("no training utterance could be read: see the manifest's audio paths")
+    sizes = {name: settings[name] for name in ("n_semantic", "n_acoustic", "n_level", "switch_penalty")}
+    tokenizer = fit_tokenizer(wavs, [row["text"] for row in used], [row["speaker"] for row in used],
+                              seed=settings["data_seed"], **sizes)
+    tokenizer.save(f"{folder}/tokenizer.tmp")
+    os.replace(f"{folder}/tokenizer.tmp", f"{folder}/tokenizer")
+
+
+def train_text_model(texts, settings):
+    """A sentencepiece model of the training texts, as bytes. Rows: 0 unknown, then the pieces; no bos, eos or pad."""
+    size, kind = settings["text_vocab"], settings["text_model"]
+    if kind not in ("word", "bpe", "unigram", "char"):
+        raise ValueError(f"text_model {kind!r} is not one of word, bpe, unigram, char")
+    if size == 0:
+        if kind not in ("word", "char"):
+            raise ValueError(f"text_model {kind!r} needs a size, for instance --text_vocab=1000")
+        size = 1 + len({piece for text in texts for piece in (text.split() if kind == "word" else text.replace(" ", "_"))})
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=model, model_type=kind, vocab_size=size, unk_id=0, bos_id=-1,
+            eos_id=-1, pad_id=-1, character_coverage=1.0, hard_vocab_limit=False, num_threads=1, minloglevel=2)
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"sentencepiece could not train a {kind} model of {size} pieces: {error}") from None
+    return model.getvalue()
+
+
+# ---- shards ------------------------------------------------------------------------------------------------
+
+def make_shard(job):
+    """Tokenize some rows into the shard `name` of `folder`; its json is written last and marks it complete."""
+    folder, name, rows, speakers, max_audio_s = job
+    tokenizer = Tokenizer.load(f"{folder}/tokenizer")
+    text_model = sentencepiece.SentencePieceProcessor(model_file=f"{folder}/text.model")
+    codes, texts, index, kept, rejects = [], [], [], [], []
+    frame, token = 0, 0
+    for row in rows:
+        try:
+            code = tokenizer.encode(read_utterance(row, max_audio_s))       # (T, N)
+        except ValueError as error:
+            rejects.append((row["id"], str(error)))
+            continue
+        text = np.array(text_model.encode(row["text"]), np.int32)
+        codes.append(code)
+        texts.append(text)
+        index.append((frame, len(code), token, len(text), speakers[row["speaker"]]))
+        frame, token = frame + len(code), token + len(text)
+        kept.append(row)
+    n_stream = (tokenizer.n_semantic > 0) + tokenizer.n_level
+    arrays = {"codes": np.concatenate(codes) if codes else np.zeros((0, n_stream), np.int16),
+              "text": np.concatenate(texts) if texts else np.zeros(0, np.int32),
+              "index": np.array(index, np.int64).reshape(-1, 5)}
+    checksums = {}
+    for part, array in arrays.items():
+        buffer = io.BytesIO()
+        np.save(buffer, array)
+        checksums[part] = zlib.crc32(buffer.getvalue())
+        write_file(f"{folder}/{name}.{part}.npy", buffer.getvalue())
+    meta = {"version": VERSION, "utterances": len(kept), "frames": frame, "crc32": checksums, "rejects": rejects}
+    meta |= {field: [row[field] for row in kept] for field in ("id", "text", "speaker", "audio")}
+    write_file(f"{folder}/{name}.json", json.dumps(meta))
+    return name
+
+
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+# ---- the whole of it ---------------------------------------------------------------------------------------
+
+def prepare(settings, root="data", n_process=None):
+    """Make, or finish making, the data of these settings; returns its folder. Does nothing where it is complete."""
+    folder = data_folder(root, settings)
+    if is_prepared(folder):
+        return folder
+    os.makedirs(folder, exist_ok=True)
+    n_process = n_process or os.cpu_count()
+    print(f"preparing {folder}", flush=True)
+    manifest = settings["corpus"]
+    if manifest == "numbers":
+        from spoken_numbers import make_corpus
+        with tqdm(desc="speaking", unit="shard", mininterval=1) as bar:
+            def progress(done, total):
+                bar.total = total
+                bar.update(done - bar.n)
+            manifest = make_corpus(f"{folder}/corpus", settings["corpus_utterances"], settings["eval_utterances"],
+                                   settings["data_seed"], n_process, progress)
+    rows, rejects = read_manifest(manifest)
+    splits = {split: [row for row in rows if row["split"] == split] for split in SPLITS}
+    if not splits["train"]:
+        raise ValueError(f"{manifest} has no training utterance")
+    if not os.path.exists(f"{folder}/tokenizer"):
+        fit_on(splits["train"], settings, folder)
+    if not os.path.exists(f"{folder}/text.model"):
+        write_file(f"{folder}/text.model", train_text_model([row["text"] for row in splits["train"]], settings))
+    speakers = {name: i for i, name in enumerate(sorted({row["speaker"] for row in rows}))}
+    names, jobs = {}, []
+    for split, part in splits.items():
+        names[split] = [f"{split}-{i:05d}" for i in range(-(-len(part) // UTTERANCES_PER_SHARD))]
+        for i, name in enumerate(names[split]):
+            if not os.path.exists(f"{folder}/{name}.json"):
+                chunk = part[i * UTTERANCES_PER_SHARD:(i + 1) * UTTERANCES_PER_SHARD]
+                jobs.append((folder, name, chunk, speakers, settings["max_audio_s"]))
+    with multiprocessing.get_context("spawn").Pool(min(n_process, len(jobs) or 1), _one_thread) as pool:
+        for _ in tqdm(pool.imap_unordered(make_shard, jobs), "tokenizing", len(jobs), unit="shard", mininterval=1):
+            pass
+    return finish(folder, settings, names, rejects, speakers)
+
+
+def finish(folder, settings, names, rejects, speakers):
+    """Sum up the shards in dataset.json, list the rejects, and say what there is."""
+    tokenizer = Tokenizer.load(f"{folder}/tokenizer")
+    text_model = sentencepiece.SentencePieceProcessor(model_file=f"{folder}/text.model")
+    counts = {}
+    for split, shards in names.items():
+        metas = [json.load(open(f"{folder}/{name}.json")) for name in shards]
+        rejects = rejects + [tuple(reject) for meta in metas for reject in meta["rejects"]]
+        counts[split] = {"shards": shards, "utterances": sum(meta["utterances"] for meta in metas),
+                         "hours": sum(meta["frames"] for meta in metas) / tokenizer.frame_hz / 3600}
+        print(f"{split}: {counts[split]['utterances']} utterances, {counts[split]['hours']:.2f} hours")
+    if not counts["train"]["utterances"]:
+        raise ValueError(f"no training utterance is usable: {rejects[0][1]} (and {len(rejects) - 1} more rejects)")
+    write_file(f"{folder}/rejects.tsv", "".join(f"{name}\t{reason}\n" for name, reason in rejects))
+    print(f"{len(speakers)} speakers, {text_model.vocab_size()} text tokens; {len(rejects)} rejects"
+          + (f", listed in {folder}/rejects.tsv" if rejects else ""))
+    sizes = {"n_semantic": tokenizer.n_semantic, "n_acoustic": tokenizer.n_acoustic, "n_level": tokenizer.n_level,
+             "n_text": text_model.vocab_size()}
+    write_file(f"{folder}/dataset.json", json.dumps(
+        {"version": VERSION, "settings": settings, "sizes": sizes, "frame_hz": tokenizer.frame_hz, "splits": counts,
+         "rejects": len(rejects), "speakers": list(speakers)}, indent=1))
+    return folder
+
+
+def parse_settings(arguments):
+    """['--name=value', ...] over SETTINGS and data_dir -> (settings, data_dir)."""
+    settings, root = dict(SETTINGS), "data"
+    for argument in arguments:
+        name, _, value = argument.removeprefix("--").partition("=")
+        if name == "data_dir":
+            root = value
+        elif name not in SETTINGS or not argument.startswith("--"):
+            raise ValueError(f"unknown setting {argument!r}; there are: {', '.join(SETTINGS)}, data_dir")
+        else:
+            settings[name] = type(SETTINGS[name])(value)
+    return settings, root
+
+
+if __name__ == "__main__":
+    try:
+        print(prepare(*parse_settings(sys.argv[1:])))
+    except ValueError as problem:
+        sys.exit(f"prepare.py: {problem}")

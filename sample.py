@@ -1,0 +1,189 @@
+"""Sample: recognise, speak, continue.
+
+Tenth file of the reading order.
+  python sample.py out/numbers asr a.wav b.wav                                   one transcript a line
+  python sample.py out/numbers tts "seven three five" --prompt voice.wav --out x.wav
+  python sample.py out/numbers continue a.wav --out x.wav
+  python sample.py out/numbers text "seven three"
+Decoding follows the released models (ESPnet-SpeechLM, arXiv 2502.15218): the marker of the wanted modality is given,
+each stream may only choose its own ids, and after the end token N-1 more steps bring in the delayed acoustic tokens.
+"""
+import argparse
+import os
+import sys
+
+import sentencepiece
+import soundfile
+import torch
+
+from data import prompt_frames
+from interleave import EOS, PAD, SPEECH, TEXT, delay, generation_prefix, speech_codes, speech_frames, text_frames
+from model import KVCache
+from parallel import load_model
+from tokenize_audio import Tokenizer, load_audio
+
+
+def pick(logits, temperature, top_k, generator=None):
+    """One id of each row: logits (..., C) -> (...). The best where temperature is 0; else the top k, then softmax."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    best, ids = logits.topk(min(top_k, logits.shape[-1]))                   # (..., k)
+    choice = torch.multinomial((best / temperature).softmax(-1).flatten(0, -2), 1, generator=generator)
+    return ids.gather(-1, choice.view(*ids.shape[:-1], 1))[..., 0]
+
+
+@torch.no_grad()
+def generate(model, vocab, prefixes, modality, max_frames, min_frames=1, temperature=0.0, acoustic_temperature=0.0,
+             top_k=30, generator=None):
+    """Go on from aligned prefixes [(T_i, N)] -> [(frames (L, N), ended)]: the new aligned frames without eos.
+
+    A step predicts the delayed row t: stream n's entry belongs to frame t - n. It is one of three things:
+        frame t - n < prefix   known already (pads after a marker; acoustic tokens still due when speech is continued)
+        frame t - n >= eos     pad
+        else                   sampled, by the mask of its stream
+    ended: whether eos came by itself, within max_frames.
+    """
+    B, N, device = len(prefixes), vocab.n_stream, model.emb.device
+    known = torch.tensor([len(prefix) for prefix in prefixes], device=device)               # (B,)
+    if known.min() == 0:
+        raise ValueError("nothing to start from: give at least one token")
+    longest = int(known.max())
+    frames = torch.full((B, longest + max_frames + N, N), PAD, device=device)               # aligned
+    for b, prefix in enumerate(prefixes):
+        frames[b, :len(prefix)] = prefix
+    cache = KVCache(model.config, B, longest + max_frames + N, device, model.dtype)
+    hidden = model.extend(delay(frames)[:, :longest], cache, torch.zeros_like(known))       # (B, longest, D)
+    rows, streams = torch.arange(B, device=device), torch.arange(N, device=device)
+    hidden = hidden[rows, known - 1]                                                        # (B, D)
+
+    own = torch.arange(*(vocab.streams[0] if modality == SPEECH else (vocab.text_start, vocab.size)), device=device)
+    allowed = torch.cat([torch.tensor([EOS], device=device), own])                          # of stream 0
+    starts = torch.tensor([start for start, _ in vocab.streams], device=device)
+    drain = N - 1 if modality == SPEECH else 0
+    eos = known + max_frames                                                                # where eos stands
+    for step in range(max_frames + drain):
+        t = known + step                                                                    # (B,) the row to predict
+        row = torch.full((B, N), PAD, device=device)
+        logits = model.logits(hidden, 0, allowed)
+        if step < min_frames:
+            logits[:, 0] = -torch.inf
+        row[:, 0] = allowed[pick(logits, temperature, top_k, generator)]
+        if modality == SPEECH and N > 1:
+            row[:, 1:] = pick(model.acoustic_logits(hidden), acoustic_temperature, top_k, generator) + starts[1:]
+        eos = torch.where((row[:, 0] == EOS) & (t < eos), t, eos)
+        frame = t[:, None] - streams                                                        # (B, N)
+        given = frame < known[:, None]
+        row = torch.where(given, frames[rows[:, None], frame, streams], row)
+        row = torch.where((frame >= eos[:, None]) & ~given, PAD, row)
+        frames[rows[:, None], frame, streams] = row
+        if (t + 1 >= eos + drain).all():
+            break
+        row[:, 0] = torch.where(t == eos, EOS, row[:, 0])
+        hidden = model.extend(row[:, None], cache, t)[:, 0]                                 # (B, D)
+    return [(frames[b, known[b]:eos[b]].cpu(), bool(eos[b] < known[b] + max_frames)) for b in range(B)]
+
+
+# ---- tasks -------------------------------------------------------------------------------------------------
+
+class Speaker:
+    """A trained model with its tokenizers: `transcribe`, `synthesise`, `continue_speech`, `continue_text`."""
+
+    def __init__(self, run, device="cpu"):
+        self.model, self.config, self.vocab, self.state = load_model(run, device)
+        self.run = run if os.path.isdir(f"{run}/tokenizer") else os.path.dirname(os.path.abspath(run))
+        self.tokenizer = Tokenizer.load(f"{self.run}/tokenizer")
+        self.text_model = sentencepiece.SentencePieceProcessor(model_file=f"{self.run}/text.model")
+
+    def max_speech(self):
+        return int(self.config.max_speech_s * self.tokenizer.frame_hz)
+
+    def text(self, frames):
+        return self.text_model.decode((frames[:, 0] - self.vocab.text_start).tolist())
+
+    def ids(self, text):
+        if not text.strip():
+            raise ValueError("the text is empty")
+        return text_frames(self.vocab, self.text_model.encode(text))
+
+    def transcribe(self, codes, batch=50):
+        """Recognition, greedy: [codes (T, N)] -> [text]. The text may be as long as the speech has frames, / 4."""
+        order, texts = sorted(range(len(codes)), key=lambda i: len(codes[i])), [""] * len(codes)
+        for start in range(0, len(order), batch):
+            part = order[start:start + batch]
+            prefixes = [generation_prefix(self.vocab, "asr", {"speech": speech_frames(self.vocab, codes[i])}) for i in part]
+            limit = max(len(codes[i]) for i in part) // 4 + 8
+            for i, (frames, _) in zip(part, generate(self.model, self.vocab, prefixes, TEXT, limit)):
+                texts[i] = self.text(frames)
+        return texts
+
+    def synthesise(self, texts, prompts, generator=None, batch=50):
+        """Speech synthesis: [text] and voice prompts [codes (T, N) or None] -> [(codes (L, N), ended)]."""
+        results, c = [], self.config
+        for start in range(0, len(texts), batch):
+            prefixes = []
+            for text, prompt in zip(texts[start:start + batch], prompts[start:start + batch]):
+                entries = {"text": self.ids(text)}
+                if prompt is not None:
+                    entries["prompt"] = prompt_frames(self.vocab, prompt[:c.prompt_len], c.prompt_len)
+                prefixes.append(generation_prefix(self.vocab, "plain_tts" if prompt is None else "tts", entries))
+            results += generate(self.model, self.vocab, prefixes, SPEECH, self.max_speech(), 3, c.temperature,
+                                c.acoustic_temperature, c.top_k, generator)
+        return [(speech_codes(self.vocab, frames), ended) for frames, ended in results]
+
+    def continue_speech(self, codes, generator=None):
+        """codes (T, N) -> (the new codes (L, N), ended)."""
+        prefix = generation_prefix(self.vocab, "speech", {"speech": speech_frames(self.vocab, codes)})
+        c = self.config
+        [(frames, ended)] = generate(self.model, self.vocab, [prefix], SPEECH, self.max_speech(), 1, c.temperature,
+                                     c.acoustic_temperature, c.top_k, generator)
+        return speech_codes(self.vocab, frames), ended
+
+    def continue_text(self, text, max_tokens=50, generator=None):
+        prefix = generation_prefix(self.vocab, "text", {"text": self.ids(text)})
+        [(frames, _)] = generate(self.model, self.vocab, [prefix], TEXT, max_tokens, 0, self.config.temperature,
+                                 0, self.config.top_k, generator)
+        return f"{text} {self.text(frames)}".strip()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=__doc__.split("reading order.")[1],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="folder of a run or of a checkpoint")
+    parser.add_argument("task", choices=["asr", "tts", "continue", "text"])
+    parser.add_argument("input", nargs="+", help="audio files, or the text")
+    parser.add_argument("--prompt", help="tts: a recording of the voice to speak in, a second or more")
+    parser.add_argument("--out", default="out.wav", help="tts, continue: the wav to write")
+    parser.add_argument("--temperature", type=float, help="of text and semantic tokens (default: the run's setting)")
+    parser.add_argument("--acoustic_temperature", type=float, help="of the acoustic tokens")
+    parser.add_argument("--top_k", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    speaker = Speaker(args.run)
+    for name in ("temperature", "acoustic_temperature", "top_k"):
+        if getattr(args, name) is not None:
+            setattr(speaker.config, name, getattr(args, name))
+    generator = torch.Generator().manual_seed(args.seed)
+    read = lambda path: speaker.tokenizer.encode(load_audio(path))      # noqa: E731
+    if args.task == "asr":
+        for text in speaker.transcribe([read(path) for path in args.input]):
+            print(text)
+    elif args.task == "text":
+        print(speaker.continue_text(" ".join(args.input), generator=generator))
+    else:
+        if args.task == "tts":
+            prompt = read(args.prompt) if args.prompt else None
+            [(codes, ended)] = speaker.synthesise([" ".join(args.input)], [prompt], generator)
+        else:
+            given = read(args.input[0])
+            new, ended = speaker.continue_speech(given, generator)
+            codes = torch.cat([torch.from_numpy(given), new])
+        soundfile.write(args.out, speaker.tokenizer.decode(codes), Tokenizer.sample_rate)
+        print(f"{args.out}: {len(codes) / speaker.tokenizer.frame_hz:.2f} s, "
+              + ("ended by itself" if ended else f"cut at {speaker.config.max_speech_s:g} s: no end token came"))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as problem:
+        sys.exit(f"sample.py: {problem}")

@@ -1,0 +1,58 @@
+"""What several lessons share: a toy vocabulary, and a tiny corpus that is made once per test session."""
+import os
+import pathlib
+import sys
+
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)
+
+import prepare                                              # noqa: E402
+from interleave import Vocab, speech_frames, text_frames    # noqa: E402
+
+TINY = dict(prepare.SETTINGS, corpus_utterances=150, eval_utterances=6, n_semantic=16, n_acoustic=16, fit_utterances=60)
+TINY_MODEL = dict(n_layer=2, d_model=32, n_head=2, n_kv_head=1, d_ff=64)
+
+
+def shared_folder():
+    """The folder of real material, where there is one: tests that need it skip elsewhere."""
+    folder = pathlib.Path(os.environ.get("NANO_SHARED", ROOT.parent / "shared"))
+    return folder if folder.is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def toy():
+    return Vocab(n_semantic=10, n_acoustic=8, n_level=8, n_text=12)
+
+
+@pytest.fixture(scope="session")
+def toy_example(toy):
+    """entries(n_frame, n_text, seed) -> random speech, prompt and text frames in the toy vocabulary."""
+    def entries(n_frame=7, n_text=3, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        codes = torch.stack([torch.randint(end - start, (n_frame + 4,), generator=g) for start, end in toy.streams], 1)
+        return {"speech": speech_frames(toy, codes[:n_frame]), "prompt": speech_frames(toy, codes[n_frame:]),
+                "text": text_frames(toy, torch.randint(toy.n_text, (n_text,), generator=g))}
+    return entries
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def tiny_data(data_root):
+    """A prepared folder: 150 training and 2 x 6 evaluation utterances of spoken numbers."""
+    return prepare.prepare(TINY, data_root)
+
+
+@pytest.fixture(scope="session")
+def tiny_flags(data_root, tiny_data):
+    """Command-line flags of a config that uses tiny_data and a tiny model."""
+    flags = {name: TINY[name] for name in ("corpus_utterances", "eval_utterances", "n_semantic", "n_acoustic", "fit_utterances")}
+    flags |= TINY_MODEL | {"data_dir": data_root, "row_frames": 512, "prompt_len": 20}
+    return [f"--{name}={value}" for name, value in flags.items()]

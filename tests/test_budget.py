@@ -1,0 +1,27 @@
+"""Claim: every file can be read in one sitting, and the README's figures about the code are true."""
+import re
+import subprocess
+import sys
+
+from conftest import ROOT
+
+
+def counts():
+    return {path.name: len(path.read_text().splitlines()) for path in ROOT.glob("*.py")}
+
+
+def test_files_stay_under_their_caps():
+    for name, lines in counts().items():
+        assert lines <= (350 if name in ("model.py", "train.py") else 400), f"{name} has {lines} lines"
+
+
+def test_the_readme_states_the_true_line_counts():
+    readme = (ROOT / "README.md").read_text()
+    stated = {name: int(lines) for name, lines in re.findall(r"^\| `(\w+\.py)` \|.*\| (\d+) \|$", readme, re.M)}
+    assert stated == counts()
+    assert f"{sum(counts().values())} lines" in readme
+
+
+def test_lint_is_clean():
+    result = subprocess.run([sys.executable, "-m", "ruff", "check", str(ROOT)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout

@@ -1,0 +1,80 @@
+"""Claim: a batch is a pure function of (seed, step), is nearly full, and its prompts come from other utterances."""
+import numpy as np
+import pytest
+import torch
+
+from data import Dataset, Loader
+from interleave import SPECIAL, undelay
+
+MIXTURE = {"asr": 1.0, "tts": 2.0, "speech": 0.2, "text": 0.2}
+
+
+@pytest.fixture(scope="module")
+def loader(tiny_data):
+    return Loader(Dataset(tiny_data, "train"), MIXTURE, n_row=4, row_frames=768, prompt_len=20, seed=3)
+
+
+def test_order_depends_on_seed_and_step_alone(loader, tiny_data):
+    first = loader.batch(7)
+    loader.batch(2)
+    again = Loader(Dataset(tiny_data, "train"), MIXTURE, 4, 768, 20, seed=3).batch(7)
+    assert torch.equal(first.tokens, again.tokens) and first.lengths == again.lengths
+    assert not torch.equal(first.tokens, loader.batch(8).tokens)
+    other = Loader(Dataset(tiny_data, "train"), MIXTURE, 4, 768, 20, seed=4).batch(7)
+    assert not torch.equal(first.tokens, other.tokens)
+
+
+def test_workers_shares_make_up_the_global_batch(loader):
+    whole, shares = loader.batch(5), [loader.batch(5, range(rank, 4, 2)) for rank in range(2)]
+    assert torch.equal(whole.tokens[[0, 2]], shares[0].tokens) and torch.equal(whole.tokens[[1, 3]], shares[1].tokens)
+
+
+def test_rows_are_nearly_full_and_keep_documents_apart(loader):
+    used = []
+    for step in range(20):
+        batch = loader.batch(step)
+        for row, lengths in enumerate(batch.lengths):
+            assert sum(lengths) == 768
+            start = 0
+            for length in lengths:
+                piece = undelay(batch.tokens[row, start:start + length])
+                if piece[0, 0] == SPECIAL["<sos/eos>"]:
+                    assert 64 <= piece[1, 0] < 128, "a document begins with eos and its task"
+                else:       # text alone, or the padding at the end
+                    assert (piece[:, 1:] == 0).all()
+                last = batch.targets[row, start + length - 1]
+                assert (batch.weight[row, start + length - 1] > 0).equal(last > 0)
+                start += length
+        used.append((batch.weight > 0).any(-1).float().mean() / (1 - batch.tokens.eq(0).all(-1).float().mean()))
+    plans = [sum(loader.length(task, i) for row in loader.plan(step) for task, i, _ in row) for step in range(20)]
+    assert np.mean(plans) > 0.9 * 4 * 768
+    assert loader.dropped < 0.05 * sum(len(row) for step in range(20) for row in loader.plan(step))
+
+
+def test_tasks_come_in_the_mixture_that_was_asked_for(loader):
+    counts = dict.fromkeys(MIXTURE, 0)
+    for step in range(100):
+        for row in loader.plan(step):
+            for task, *_ in row:
+                counts[task] += 1
+    total = sum(counts.values())
+    for task, weight in MIXTURE.items():
+        assert counts[task] / total == pytest.approx(weight / sum(MIXTURE.values()), abs=0.05)
+
+
+def test_a_prompt_is_of_the_same_speaker_and_another_utterance(loader):
+    dataset, rng = loader.dataset, np.random.default_rng(0)
+    codes_of = {i: dataset[i][0] for i in dataset.by_speaker[int(dataset.index[0, 4])]}
+    for _ in range(20):
+        prompt = dataset.draw_prompt(0, 20, rng)
+        assert len(prompt) <= 20
+        holders = [i for i, codes in codes_of.items() for s in range(len(codes) - len(prompt) + 1)
+                   if np.array_equal(codes[s:s + len(prompt)], prompt)]
+        assert holders and holders[0] != 0
+
+
+def test_impossible_wishes_are_explained(loader, tiny_data):
+    with pytest.raises(ValueError, match="unknown task 'sing'"):
+        Loader(loader.dataset, {"sing": 1}, 2, 512, 20, 0)
+    with pytest.raises(ValueError, match="raise row_frames"):
+        Loader(loader.dataset, MIXTURE, 2, 64, 20, 0).plan(0)

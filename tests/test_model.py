@@ -1,0 +1,148 @@
+"""Claim: each logit sees exactly what it may, packing and caching change nothing, and the loss is ESPnet's."""
+import json
+
+import pytest
+import torch
+from conftest import shared_folder
+
+from interleave import training_example
+from model import KVCache, Model, ModelConfig, attend_dense, attend_documents
+
+
+@pytest.fixture(scope="module")
+def model(toy):
+    config = ModelConfig(toy.size, toy.streams, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=64)
+    model = Model(config).init_weights(torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(model.head_emb, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def documents(toy, toy_example):
+    return [training_example(toy, task, toy_example(5 + i, 3, seed=i), toy.weights())
+            for i, task in enumerate(("asr", "tts", "speech", "text"))]
+
+
+def test_changing_a_token_moves_the_logits_after_it_and_no_others(toy, toy_example, model):
+    tokens = documents(toy, toy_example)[1][0]                              # (T, N), delayed
+    before = model(tokens, [len(tokens)])
+    t, n = 30, 2
+    assert tokens[t, n] != 0
+    changed = tokens.clone()
+    changed[t, n] = toy.streams[n][0] + (tokens[t, n] - toy.streams[n][0] + 1) % toy.n_acoustic
+    moved = (model(changed, [len(tokens)]) - before).abs().amax(1) > 1e-6   # (T,)
+    assert not moved[:t].any() and moved[t:].all()
+
+
+def test_packed_documents_are_the_same_documents_alone(toy, toy_example, model):
+    parts = [inputs for inputs, *_ in documents(toy, toy_example)]
+    packed = model(torch.cat(parts), [len(part) for part in parts])
+    alone = torch.cat([model(part, [len(part)]) for part in parts])
+    torch.testing.assert_close(packed, alone)
+
+
+def test_attention_by_document_is_sdpa_with_a_block_diagonal_mask():
+    g, lengths = torch.Generator().manual_seed(0), [5, 1, 9]
+    q, k, v = (torch.randn(15, heads, 8, generator=g, requires_grad=True) for heads in (4, 2, 2))
+    document = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
+    mask = (document[:, None] == document) & torch.ones(15, 15, dtype=torch.bool).tril()
+    dense = attend_dense(*(x.transpose(0, 1)[None] for x in (q, k, v)), mask[None, None])[0].transpose(0, 1)
+    packed = attend_documents(q, k, v, lengths)
+    torch.testing.assert_close(packed, dense)
+    weight = torch.randn(15, 4, 8, generator=g)
+    for a, b in zip(torch.autograd.grad((packed * weight).sum(), (q, k, v)), torch.autograd.grad((dense * weight).sum(), (q, k, v))):
+        torch.testing.assert_close(a, b)
+
+
+def test_cached_steps_are_the_full_forward_also_for_ragged_prompts(toy, toy_example, model):
+    long, short = (training_example(toy, "asr", toy_example(n, 3), toy.weights())[0] for n in (9, 4))
+    full = [model(tokens, [len(tokens)]) for tokens in (long, short)]
+    start = torch.tensor([10, 6])                                           # frames of each prompt
+    batch = torch.stack([long[:10], torch.cat([short[:6], long[:4]])])      # the short one is filled up with anything
+    cache = KVCache(model.config, 2, len(long))
+    hidden = model.extend(batch, cache, torch.zeros(2, dtype=torch.long))
+    torch.testing.assert_close(hidden[0], full[0][:10])
+    torch.testing.assert_close(hidden[1, :6], full[1][:6])
+    for step in range(5):
+        rows = torch.stack([long[10 + step], short[6 + step]])[:, None]
+        hidden = model.extend(rows, cache, start + step)
+        torch.testing.assert_close(hidden[0, 0], full[0][10 + step])
+        torch.testing.assert_close(hidden[1, 0], full[1][6 + step])
+    with pytest.raises(ValueError, match="cache holds"):
+        model.extend(rows, cache, start + 50)
+
+
+def naive_losses(model, hidden, targets, weight, modality, scope, vocab):
+    """The loss as a reader would first write it: all logits of all streams, forbidden ones at minus infinity."""
+    S, N = targets.shape
+    losses = torch.zeros(S, N)
+    for n in range(N):
+        logits = (hidden + model.head_emb[n]) @ model.lm_head.T             # (S, V)
+        for s in range(S):
+            allowed = torch.zeros(vocab.size, dtype=torch.bool)
+            if n > 0:
+                start, end = vocab.streams[n] if scope == "grammar" else (vocab.streams[1][0], vocab.streams[-1][1])
+                allowed[start:end] = True
+            elif scope == "original":
+                allowed[:] = True
+            else:
+                allowed[:256] = True
+                start, end = vocab.streams[0] if modality[s] == 1 else (vocab.text_start, vocab.size)
+                allowed[start:end] = True
+            if weight[s, n] > 0:
+                losses[s, n] = -logits[s].masked_fill(~allowed, -torch.inf).log_softmax(-1)[targets[s, n]]
+    return losses
+
+
+@pytest.mark.parametrize("scope", ["grammar", "original"])
+def test_both_softmax_scopes_match_the_naive_loss(toy, toy_example, model, scope):
+    inputs, targets, weight, modality = (torch.cat(part) for part in zip(*documents(toy, toy_example)))
+    with torch.no_grad():
+        hidden = model(inputs, [len(inputs)])
+        fast = model.token_losses(hidden, targets, weight, modality, scope)
+        torch.testing.assert_close(fast, naive_losses(model, hidden, targets, weight, modality, scope, toy))
+
+
+def test_pad_adds_nothing_and_learns_nothing(toy, toy_example, model):
+    inputs, targets, weight, modality = documents(toy, toy_example)[0]
+    losses = model.token_losses(model(inputs, [len(inputs)]), targets, weight, modality, "grammar")
+    gradient, = torch.autograd.grad((losses * weight).sum(), model.emb)
+    assert (gradient[0] == 0).all() and (model.emb[0] == 0).all() and gradient.abs().sum() > 0
+
+
+def test_losses_and_gradients_are_those_of_espnets_own_code():
+    """Golden vectors: a two-layer Llama with ESPnet's delay, loss and gradients."""
+    folder = shared_folder()
+    if not folder:
+        pytest.skip("no golden vectors here")
+    from safetensors.torch import load_file
+    golden, about = load_file(folder / "golden/espnet_llama.safetensors"), json.load(open(folder / "golden/espnet_llama.json"))
+    body, codec, size = about["body"], about["token_bias"]["codec"][0], about["codec_size"]
+    streams = [tuple(about["token_bias"]["ssl"])] + [(codec + size * k, codec + size * (k + 1)) for k in range(8)]
+    model = Model(ModelConfig(len(golden["corelm.emb.weight"]), streams, norm_eps=body["rms_norm_eps"],
+                              **{k: body[k] for k in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "rope_theta")}))
+    names = {"emb": "emb.weight", "lm_head": "lm_head.weight", "head_emb": "head_emb.weight", "norm.weight": "decoders.model.norm.weight"}
+    for name, _ in model.named_parameters():
+        if name.startswith("blocks."):
+            _, i, rest = name.split(".", 2)
+            rest = rest.replace("attn_norm", "input_layernorm").replace("mlp_norm", "post_attention_layernorm")
+            place = "" if "layernorm" in rest else "mlp." if rest.split("_")[0] in ("gate", "up", "down") else "self_attn."
+            names[name] = f"decoders.model.layers.{i}.{place}{rest}"
+    model.load_state_dict({name: golden["corelm." + names[name]][:9] if name == "head_emb" else golden["corelm." + names[name]]
+                           for name in names})
+    delayed, targets = golden["delayed"].long(), golden["targets"].long()
+    B, T, N = targets.shape
+    weights = torch.zeros(model.config.vocab_size)
+    for kind, (start, end) in about["token_bias"].items():
+        weights[start:end] = about["modality_weights"][kind]
+    weights[0] = 0
+    mask = golden["loss_mask"].bool().flatten(0, 1)
+    weight = weights[targets].flatten(0, 1) * mask
+    hidden = model(delayed[:, :-1].flatten(0, 1), [T] * B)
+    torch.testing.assert_close(hidden[:, None] + model.head_emb, golden["hidden"].flatten(0, 1), rtol=1e-3, atol=1e-4)
+    losses = model.token_losses(hidden, targets.flatten(0, 1), weight, torch.zeros(B * T), "original")
+    loss = (losses * weight).sum() / (weight[:, 0] > 0).sum()
+    torch.testing.assert_close(loss, golden["loss"][0], rtol=1e-4, atol=1e-5)
+    loss.backward()
+    for name, p in model.named_parameters():
+        expected = golden["grad.corelm." + names[name]]
+        torch.testing.assert_close(p.grad, expected[:9] if name == "head_emb" else expected, rtol=2e-3, atol=1e-5)

@@ -1,0 +1,120 @@
+"""Claim: the same data give the same model, however they are split over time, micro-steps and workers; and it learns."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from config import load_config
+from muon import Muon, orthogonalise
+from parallel import checkpoints, load_model
+from train import learning_rate, train
+
+
+def run(tiny_data, tiny_flags, out, *flags, resume=False):
+    base = ["--batch_rows=4", "--max_steps=6", "--save_every=3", "--eval_every=0", "--log_every=1", "--dtype=float32"]
+    train(load_config([*tiny_flags, *base, f"--out_dir={out}", *flags]), tiny_data, resume)
+    return load_file(f"{checkpoints(out)[-1]}/model.safetensors"), [json.loads(line) for line in open(f"{out}/out.jsonl")]
+
+
+def difference(a, b):
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_data, tiny_flags, tmp_path_factory):
+    return run(tiny_data, tiny_flags, str(tmp_path_factory.mktemp("reference")))
+
+
+def test_resumed_is_uninterrupted_bit_for_bit(reference, tiny_data, tiny_flags, tmp_path):
+    """A run that is killed after step 4 leaves the checkpoint of step 3 and a half-written one, which is not read."""
+    out = str(tmp_path / "run")
+    run(tiny_data, tiny_flags, out)
+    import shutil
+    shutil.rmtree(f"{out}/step_0000006")
+    os.makedirs(f"{out}/step_0000006.tmp")
+    weights, log = run(tiny_data, tiny_flags, out, resume=True)
+    assert difference(weights, reference[0]) == 0
+    assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6], "the log has no line twice"
+    with pytest.raises(ValueError, match="add --resume"):
+        run(tiny_data, tiny_flags, out)
+
+
+def test_four_micro_steps_of_one_row_are_one_of_four(reference, tiny_data, tiny_flags, tmp_path):
+    weights, log = run(tiny_data, tiny_flags, str(tmp_path), "--grad_accum=4")
+    assert difference(weights, reference[0]) < 1e-4
+    for row, other in zip(log, reference[1]):
+        assert row["semantic"] == pytest.approx(other["semantic"], rel=1e-5)
+
+
+def test_two_workers_are_one(reference, tiny_flags, tmp_path):
+    """The same through torchrun and gloo: each worker takes half of the rows."""
+    flags = [*tiny_flags, "--batch_rows=4", "--max_steps=6", "--save_every=6", "--eval_every=3", "--log_every=1", "--dtype=float32"]
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py",
+                    *flags, f"--out_dir={tmp_path}"], check=True, capture_output=True)
+    log = [json.loads(line) for line in open(tmp_path / "out.jsonl")]
+    assert difference(load_file(tmp_path / "step_0000006/model.safetensors"), reference[0]) < 1e-4
+    for row, other in zip(log, reference[1]):
+        assert row["semantic"] == pytest.approx(other["semantic"], rel=1e-5)
+    assert "held_out" in log[2]
+
+
+def test_bfloat16_follows_float32(reference, tiny_data, tiny_flags, tmp_path):
+    weights, log = run(tiny_data, tiny_flags, str(tmp_path), "--dtype=bfloat16")
+    assert all(w.dtype == torch.float32 for w in weights.values()), "master weights stay fp32"
+    for row, other in zip(log, reference[1]):
+        assert row["semantic"] == pytest.approx(other["semantic"], rel=0.03)
+
+
+def test_the_schedule_warms_up_holds_and_ends_near_zero():
+    config = load_config(["--max_steps=100", "--warmup=0.1", "--decay=0.5"])
+    rates = [learning_rate(config, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == 1 and rates[49] == 1
+    assert rates[75] == pytest.approx(0.5) and rates[99] == pytest.approx(0.02)
+
+
+def test_muon_steps_along_the_nearest_orthogonal_matrix():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 6, 10, generator=g)
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    ours = orthogonalise(x, n_iter=5)
+    assert torch.nn.functional.cosine_similarity(ours.flatten(), (u @ v).flatten(), dim=0) > 0.95
+    torch.testing.assert_close(orthogonalise(x.mT), orthogonalise(x).mT)
+    p = torch.nn.Parameter(torch.randn(10, 6, generator=g))
+    before, p.grad = p.detach().clone(), torch.randn(10, 6, generator=g)
+    Muon([p], lr=0.1).step()
+    torch.testing.assert_close(p.detach() - before, -0.1 * (10 / 6) ** 0.5 * orthogonalise(p.grad[None])[0])
+
+
+def test_wrong_checkpoints_and_worker_numbers_are_explained(reference, tiny_data, tiny_flags, tmp_path):
+    with pytest.raises(ValueError, match="can't be shared"):
+        run(tiny_data, tiny_flags, str(tmp_path), "--grad_accum=3")
+    out = str(tmp_path / "a")
+    run(tiny_data, tiny_flags, out, "--max_steps=1")
+    with pytest.raises(ValueError, match="another model"):
+        run(tiny_data, tiny_flags, out, "--d_ff=96", resume=True)
+    with pytest.raises(ValueError, match="no checkpoint"):
+        load_model(str(tmp_path))
+
+
+def test_the_main_command_in_small(tmp_path, tiny_data, tiny_flags):
+    """20 steps of the whole job: data, two workers, evaluation, and every file that the README promises."""
+    out = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "train.py"), str(ROOT / "configs/numbers.py"), *tiny_flags, "--max_steps=20",
+               f"--out_dir={out}", "--tts_utterances=4", "--max_speech_s=1.0", "--log_every=5"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    results = json.load(open(out / "results.json"))
+    assert set(results) >= {"asr", "tts", "seconds", "frames_per_second", "peak_memory_mb", "parameters"}
+    assert results["asr"]["seen"]["n"] == results["asr"]["unseen"]["n"] == 6 and results["tts"]["own_asr"]["n"] == 4
+    assert set(results["seconds"]) == {"prepare", "train", "eval"} and results["tts"]["whisper"] is None
+    assert len(list((out / "wavs").glob("*.wav"))) == 8 and (out / "curves.png").stat().st_size > 5000
+    assert "try next:" in result.stdout
+    losses = [json.loads(line)["semantic"] for line in open(out / "out.jsonl") if "semantic" in json.loads(line)]
+    assert losses[-1] < 2.3 < losses[0], losses
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1 and "add --resume" in again.stderr and "Traceback" not in again.stderr

@@ -1,0 +1,261 @@
+"""Train: the one loop.
+
+Eighth file of the reading order.
+  python train.py configs/numbers.py                       the whole main job on a CPU: prepare, train, evaluate
+  python train.py configs/numbers.py --max_steps=20 --out_dir=/some/dir --corpus_utterances=200 --eval_utterances=8
+  python train.py configs/numbers.py --resume              go on from the newest checkpoint
+  torchrun --nproc_per_node=2 train.py configs/numbers.py  only the training, on data that is already prepared
+The schedule is the paper's warmup-decay (arXiv 2506.17611, section 3): warm up, hold, decay linearly.
+"""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import prepare
+from config import load_config, save_config
+from data import Dataset, Loader
+from model import batch_loss, mean_losses
+from muon import Muon
+from parallel import (checkpoints, compute_dtype, load_optimizers, load_weights, make_model, read_state, save_checkpoint,
+                      start_workers, sum_gradients, total)
+
+
+def learning_rate(config, step):
+    """Factor on the peak rate: linear warmup, constant, linear decay to zero at max_steps."""
+    warmup, decay = config.warmup * config.max_steps, config.decay * config.max_steps
+    return min(1.0, (step + 1) / max(warmup, 1), (config.max_steps - step) / max(decay, 1))
+
+
+def make_optimizers(config, model, dtype):
+    """Muon for the blocks' matrices (their gradients act as maps), AdamW for embeddings, heads and norms."""
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2] if config.muon_lr > 0 else []
+    inside = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in inside]
+    adamw = torch.optim.AdamW(others, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
+    return [adamw] + ([Muon(matrices, config.muon_lr, weight_decay=config.weight_decay, dtype=dtype)] if matrices else [])
+
+
+def make_loader(config, dataset, step=0):
+    """The Loader of the phase that a step falls in: its mixture may change once, at mixture_switch of the run."""
+    late = config.mixture_end and step >= config.mixture_switch * config.max_steps
+    return Loader(dataset, config.mixture_end if late else config.mixture, config.batch_rows, config.row_frames,
+                  config.prompt_len, config.seed, config.special_weight, config.loss_region)
+
+
+@torch.no_grad()
+def held_out_losses(model, loader, config, rank, world, n_batch=4):
+    """Mean losses of the first batches of a held-out split, the same ones every time."""
+    sums = None
+    for step in range(n_batch):
+        _, part = batch_loss(model, loader.batch(step, range(rank, config.batch_rows, world)), config.softmax)
+        sums = part if sums is None else [a + b for a, b in zip(sums, part)]
+    return mean_losses(total(sums))
+
+
+def train(config, folder, resume=False):
+    """Train on the prepared data in `folder`, from scratch or from the newest checkpoint in config.out_dir."""
+    rank, world, device = start_workers()
+    say = print if rank == 0 else (lambda *_, **__: None)
+    if config.batch_rows % (world * config.grad_accum):
+        raise ValueError(f"batch_rows={config.batch_rows} can't be shared by {world} workers x grad_accum={config.grad_accum}")
+    dataset = Dataset(folder, "train", verify=rank == 0)
+    held_out = make_loader(config, Dataset(folder, "seen")) if config.eval_every else None
+    dtype = compute_dtype(config.dtype, device)
+    model = make_model(config, dataset.vocab, dtype).to(device)
+    model.init_weights(torch.Generator(device).manual_seed(config.seed))
+    optimizers = make_optimizers(config, model, dtype)
+    os.makedirs(config.out_dir, exist_ok=True)
+    step, frames, seconds = 0, 0, 0.0
+    found = checkpoints(config.out_dir)
+    if resume and found:
+        load_weights(found[-1], model)
+        load_optimizers(found[-1], optimizers)
+        state = read_state(found[-1])
+        step, frames, seconds = state["step"], state["frames"], state["seconds"]
+        say(f"resuming {found[-1]}")
+    elif found:
+        raise ValueError(f"{config.out_dir} holds a run already: add --resume, choose another --out_dir, or delete it")
+    if rank == 0:
+        save_config(config, f"{config.out_dir}/config.json")
+        shutil.copytree(f"{folder}/tokenizer", f"{config.out_dir}/tokenizer", dirs_exist_ok=True)
+        shutil.copy(f"{folder}/text.model", config.out_dir)         # the run's folder is enough for sample.py
+        log = trimmed_log(f"{config.out_dir}/out.jsonl", step)
+    say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {world} worker(s) on {device.type}, "
+        f"activations {str(dtype)[6:]}, {config.batch_rows} rows of {config.row_frames} frames a step", flush=True)
+
+    params = list(model.parameters())
+    loader, began, paused = None, time.time(), 0.0
+    first_seconds = seconds
+    bar = tqdm(total=config.max_steps, initial=step, unit="step", mininterval=2, disable=rank > 0)
+    while step < config.max_steps:
+        if loader is None or step == int(config.mixture_switch * config.max_steps):
+            loader = make_loader(config, dataset, step)
+        factor = learning_rate(config, step)
+        for optimizer, peak in zip(optimizers, (config.lr, config.muon_lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * factor
+
+        rows = range(rank, config.batch_rows, world)            # this worker's share, whatever the number of workers
+        n = len(rows) // config.grad_accum
+        sums, n_frame, n_target = None, 0, 0
+        for micro in range(config.grad_accum):
+            batch = loader.batch(step, rows[micro * n:(micro + 1) * n])
+            loss, part = batch_loss(model, batch, config.softmax)
+            loss.backward()
+            sums = part if sums is None else [a + b for a, b in zip(sums, part)]
+            n_frame += sum(sum(lengths) for lengths in batch.lengths)
+            n_target += int((batch.weight[..., 0] > 0).sum())
+        *sums, n_frame, n_target = total(sums + [n_frame, n_target])
+        sum_gradients(params)
+        for p in params:
+            p.grad /= n_target              # frames with a stream-0 target, over all workers and micro-steps
+        norm = float(torch.nn.utils.clip_grad_norm_(params, config.clip))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        step, frames = step + 1, frames + n_frame
+        seconds = first_seconds + time.time() - began - paused
+        bar.update()
+
+        if step % config.log_every == 0 or step == config.max_steps:
+            row = {"step": step, **mean_losses(sums), "lr": factor * config.lr, "grad_norm": norm,
+                   "frames_per_second": frames / seconds, "seconds": seconds}
+            bar.set_postfix_str(" ".join(f"{k}={row[k]:.2f}" for k in ("text", "semantic", "acoustic1", "acoustic8") if k in row))
+        else:
+            row = None
+        pause = time.time()
+        if held_out and (step % config.eval_every == 0 or step == config.max_steps):
+            row = (row or {"step": step}) | {"held_out": held_out_losses(model, held_out, config, rank, world)}
+        if rank == 0 and row:
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+        if rank == 0 and (step % config.save_every == 0 or step == config.max_steps):
+            state = {"frames": frames, "seconds": seconds, "data": os.path.abspath(folder)}
+            save_checkpoint(config.out_dir, step, config, dataset.vocab, model, optimizers, state, config.keep_last)
+        paused += time.time() - pause
+    bar.close()
+    say(f"trained {step} steps, {frames / 1e6:.2f}M frames in {seconds:.0f} s: {frames / max(seconds, 1e-9):.0f} frames/s")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def trimmed_log(path, step):
+    """Open out.jsonl for appending, without the lines of steps that will be done again."""
+    kept = []
+    if os.path.exists(path):
+        with open(path) as f:
+            kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+    with open(path, "w") as f:
+        f.writelines(kept)
+    return open(path, "a")
+
+
+# ---- the whole job: prepare, train, evaluate, each in processes of its own ---------------------------------
+
+def memory_of_family(root):
+    """Memory in MB of a process and its descendants now, pages that they share counted once (PSS); None off Linux."""
+    parents, family, kb = {}, {root}, 0
+    try:
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                with open(f"/proc/{name}/stat") as f:
+                    parents[int(name)] = int(f.read().rpartition(")")[2].split()[1])
+            except OSError:         # it has ended meanwhile
+                continue
+        for pid in sorted(parents):
+            ancestor = pid
+            while ancestor in parents and ancestor not in family:
+                ancestor = parents[ancestor]
+            if ancestor in family:
+                try:
+                    with open(f"/proc/{pid}/smaps_rollup") as f:
+                        kb += next(int(line.split()[1]) for line in f if line.startswith("Pss:"))
+                except (OSError, StopIteration):
+                    continue
+    except OSError:
+        return None
+    return kb / 1024
+
+
+def run_step(name, command, peak):
+    """Run one stage as a process; note the most memory we saw in peak[0]. Returns its seconds; exits if it failed."""
+    began, done = time.time(), threading.Event()
+
+    def watch():
+        while not done.wait(1.0):
+            peak[0] = max(peak[0], memory_of_family(os.getpid()) or 0)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        code = subprocess.run(command).returncode
+    finally:
+        done.set()
+        watcher.join()
+    if code:
+        sys.exit(f"train.py: {name} failed (exit code {code}); its message is above")
+    return time.time() - began
+
+
+def whole_job(config, arguments, settings):
+    """Prepare the data where missing, train with one process per core, evaluate, and say what is where."""
+    here, peak, seconds = os.path.dirname(os.path.abspath(__file__)), [0.0], {"prepare": 0.0}
+    folder = prepare.data_folder(config.data_dir, settings)
+    if not prepare.is_prepared(folder):
+        flags = [f"--{name}={value}" for name, value in settings.items()] + [f"--data_dir={config.data_dir}"]
+        seconds["prepare"] = run_step("prepare.py", [sys.executable, f"{here}/prepare.py", *flags], peak)
+    workers = config.workers or torch.cuda.device_count() or min(os.cpu_count() or 1, config.batch_rows)
+    while config.batch_rows % (workers * config.grad_accum) and not config.workers:
+        workers -= 1
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={workers}"]
+    run_step("training", (launch if workers > 1 else [sys.executable]) + [f"{here}/train.py", "--worker", *arguments], peak)
+    seconds["eval"] = run_step("eval.py", [sys.executable, f"{here}/eval.py", config.out_dir], peak)
+
+    out = config.out_dir
+    with open(f"{out}/results.json") as f:
+        results = json.load(f)
+    results["peak_memory_mb"], results["seconds"] = peak[0] or None, results["seconds"] | seconds
+    for name in ("results", "run"):
+        with open(f"{out}/{name}.json", "w") as f:
+            json.dump(results if name == "results" else {k: results[k] for k in ("seconds", "peak_memory_mb")}, f, indent=1)
+    voice = Dataset(folder, "unseen" if results["asr"]["unseen"]["n"] else "seen").info["audio"][0]
+    print(f"""
+prepare {seconds['prepare']:.0f} s, train {results['seconds']['train']:.0f} s, evaluate {seconds['eval']:.0f} s, """
+          f"""{results['frames_per_second']:.0f} frames/s, peak memory {peak[0]:.0f} MB
+{out}/results.json    the figures above          {out}/curves.png    losses over the run
+{out}/wavs            spoken by the model (.model.wav) beside the originals after tokenizing (.original.wav)
+
+try next:
+  python sample.py {out} asr {voice}
+  python sample.py {out} tts "seven three five" --prompt {voice} --out spoken.wav
+  python sample.py {out} continue {voice} --out continued.wav""")
+
+
+def main(arguments):
+    resume, worker = "--resume" in arguments, "--worker" in arguments or "RANK" in os.environ
+    config = load_config([a for a in arguments if a not in ("--resume", "--worker")])
+    settings = {name: getattr(config, name) for name in prepare.SETTINGS}
+    if worker:
+        folder = prepare.data_folder(config.data_dir, settings)
+        if not prepare.is_prepared(folder):
+            raise ValueError(f"the data of this configuration, {folder}, are not there yet: run prepare.py first")
+        train(config, folder, resume)
+    else:
+        if checkpoints(config.out_dir) and not resume:
+            raise ValueError(f"{config.out_dir} holds a run already: add --resume, choose another --out_dir, or delete it")
+        whole_job(config, arguments, settings)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as problem:
+        sys.exit(f"train.py: {problem}")
