@@ -1,7 +1,7 @@
-"""Configuration: one flat dataclass; a config file states what differs; --name=value on the command line wins.
+"""Configuration: one flat dataclass; a config file says what differs; --name=value on the command line wins.
 
-Sixth file of the reading order. A config file holds plain assignments and their arithmetic, nothing is executed into
-anyone's globals, and a name or type that we don't know is an error that names the closest one.
+Sixth file of the reading order. A config file holds plain assignments and their arithmetic, nothing is
+executed into anyone's globals, and a name or type that we don't know is an error that names the closest one.
 """
 import ast
 import dataclasses
@@ -49,12 +49,13 @@ class Config:
     seed: int = 1
     row_frames: int = 1024          # S, frames in a packed row
     batch_rows: int = 2             # rows of the global batch, over all workers and micro-steps
-    grad_accum: int = 1             # micro-steps: a worker takes batch_rows / (workers * grad_accum) rows at a time
+    grad_accum: int = 1             # micro-steps, each of batch_rows / (workers * grad_accum) rows a worker
     max_steps: int = 2000
     warmup: float = 0.02            # share of the steps
     decay: float = 0.5              # share of the steps at the end, linear to zero
     lr: float = 3e-3                # AdamW: embeddings, heads, norms
     muon_lr: float = 0.02           # Muon: the blocks' matrices; 0 = AdamW for them too
+    muon_iterations: int = 5        # Newton-Schulz rounds a step
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.95

@@ -1,12 +1,12 @@
 """Data: token shards become packed batches, in an order that depends on nothing but (seed, step).
 
-Fifth file of the reading order. Each step draws examples afresh: a task by the mixture's weights, an utterance, for
-TTS another utterance of its speaker as the voice prompt. Every example is delayed on its own and packed whole:
+Fifth file of the reading order. Each step draws examples afresh: a task by the mixture's weights, an
+utterance, for TTS another of its speaker as voice prompt. Each example is delayed alone and packed whole:
 
       row 0   [ asr: seven three five ......][ tts: two hundred and six .................][ text ....]  pad
       row 1   [ tts: nine .............][ asr: four two one .............][ speech: ............]       pad
 
-Documents never attend to each other (model.py gets their lengths), and a document's first frame is never a target.
+Documents never attend to each other (model.py gets their lengths), and their first frame is never a target.
 """
 import json
 import os
@@ -23,7 +23,7 @@ FILL = 0.97                 # of a batch is drawn before packing: most draws the
 
 
 class Dataset:
-    """The shards of one split, mapped into memory. ds[i] -> codes (T, N) int64, text ids (M,) int64, speaker number."""
+    """Shards of one split, mapped into memory. ds[i] -> int64 codes (T, N), text ids (M,), speaker number."""
 
     def __init__(self, folder, split, verify=False):
         if not os.path.exists(f"{folder}/dataset.json"):
@@ -31,10 +31,11 @@ class Dataset:
         with open(f"{folder}/dataset.json") as f:
             meta = json.load(f)
         if meta["version"] != SHARD_VERSION:
-            raise ValueError(f"{folder} has data version {meta['version']}, we read {SHARD_VERSION}: run prepare.py again")
+            raise ValueError(f"{folder} has data version {meta['version']}, we read {SHARD_VERSION}: "
+                             "run prepare.py again")
         self.vocab, self.folder = Vocab(**meta["sizes"]), folder
         self.codes, self.text, index, shard = [], [], [], []
-        self.info = {field: [] for field in ("id", "text", "speaker", "audio")}     # for evaluation and people
+        self.info = {field: [] for field in ("id", "text", "speaker", "audio")}    # for evaluation and people
         for number, name in enumerate(meta["splits"][split]["shards"]):
             path = f"{folder}/{name}"
             with open(f"{path}.json") as f:
@@ -43,7 +44,8 @@ class Dataset:
                 for part, expected in shard_meta["crc32"].items():
                     with open(f"{path}.{part}.npy", "rb") as f:
                         if zlib.crc32(f.read()) != expected:
-                            raise ValueError(f"{path}.{part}.npy is damaged: delete {path}.json and run prepare.py again")
+                            raise ValueError(f"{path}.{part}.npy is damaged: "
+                                             f"delete {path}.json and run prepare.py again")
             self.codes.append(np.load(f"{path}.codes.npy", mmap_mode="r"))
             self.text.append(np.load(f"{path}.text.npy", mmap_mode="r"))
             index.append(np.load(f"{path}.index.npy"))
@@ -64,7 +66,8 @@ class Dataset:
     def __getitem__(self, i):
         frame, n_frame, token, n_token, speaker = self.index[i].tolist()
         codes, text = self.codes[self.shard[i]], self.text[self.shard[i]]
-        return codes[frame:frame + n_frame].astype(np.int64), text[token:token + n_token].astype(np.int64), speaker
+        codes, text = codes[frame:frame + n_frame], text[token:token + n_token]
+        return codes.astype(np.int64), text.astype(np.int64), speaker
 
     def draw_prompt(self, i, n_frame, rng):
         """Codes of a random other utterance of i's speaker, at most n_frame of them, from a random place.
@@ -82,7 +85,7 @@ class Dataset:
 
 
 def prompt_frames(vocab, codes, n_frame):
-    """Voice prompt codes (T, N), T <= n_frame -> joint-id frames (n_frame, N), padded: the prompt's length is fixed."""
+    """Voice prompt codes (T, N), T <= n_frame -> joint-id frames (n_frame, N), padded to a fixed length."""
     return torch.cat([speech_frames(vocab, codes), stream0_frames(vocab, [0] * (n_frame - len(codes)))])
 
 
@@ -92,17 +95,20 @@ class Batch:
     targets: torch.Tensor       # (R, S, N)
     weight: torch.Tensor        # (R, S, N) float; 0 = no loss
     modality: torch.Tensor      # (R, S) of the target's segment
-    lengths: list               # R lists of document lengths, the padding at the end counted as one; each sums to S
+    lengths: list               # R lists of document lengths, the padding at the end as one; each sums to S
+    n_frame: int                # frames of all documents, the padding at the end of the rows not counted
 
 
 class Loader:
     """Packed training batches of one dataset."""
 
-    def __init__(self, dataset, mixture, n_row, row_frames, prompt_len, seed, special_weight=1.0, loss_region="whole"):
-        """mixture: {task: weight}.  n_row: rows of the global batch.  prompt_len: frames of the voice prompt."""
+    def __init__(self, dataset, mixture, n_row, row_frames, prompt_len, seed, special_weight=1.0,
+                 loss_region="whole"):
+        """mixture: {task: weight}.  n_row: rows of the global batch.  prompt_len: voice prompt frames."""
         for task in mixture:
             if task not in TASKS:
-                raise ValueError(f"unknown task {task!r} in the mixture; interleave.py has {', '.join(TASKS)}")
+                raise ValueError(f"unknown task {task!r} in the mixture; "
+                                 f"interleave.py has {', '.join(TASKS)}")
         self.dataset, self.vocab = dataset, dataset.vocab
         self.tasks = [task for task, weight in mixture.items() if weight > 0]
         share = np.array([mixture[task] for task in self.tasks], float)
@@ -112,12 +118,13 @@ class Loader:
         self.dropped = 0            # drawn but did not fit, over the life of this loader
 
     def length(self, task, i):
-        """Frames that the example (task, utterance i) takes in a row: inputs are one fewer than its sequence."""
+        """Frames that the example (task, utterance i) takes in a row: one fewer than its sequence has."""
         _, n_frame, _, n_token, _ = self.dataset.index[i].tolist()
-        return task_length(self.vocab, task, {"speech": n_frame, "text": n_token, "prompt": self.prompt_len}) - 1
+        lengths = {"speech": n_frame, "text": n_token, "prompt": self.prompt_len}
+        return task_length(self.vocab, task, lengths) - 1
 
     def plan(self, step):
-        """The global batch of a step: n_row lists of (task, utterance, seed of its own draws). Pure in (seed, step).
+        """The global batch of a step: n_row lists of (task, utterance, its own seed). Pure in (seed, step).
 
         First-fit-decreasing packing of as many draws as nearly fill the batch; what does not fit is dropped.
         """
@@ -128,8 +135,9 @@ class Loader:
             i = int(rng.integers(len(self.dataset)))
             length = self.length(task, i)
             if length > self.row_frames:
-                raise ValueError(f"utterance {self.dataset.info['id'][i]} makes a {task} sequence of {length} frames; "
-                                 f"rows have {self.row_frames}: raise row_frames or lower max_audio_s")
+                name = self.dataset.info["id"][i]
+                raise ValueError(f"utterance {name} makes a {task} sequence of {length} frames; rows have "
+                                 f"{self.row_frames}: raise row_frames or lower max_audio_s")
             total += length
             if total > capacity:
                 break
@@ -159,13 +167,14 @@ class Loader:
         packed = [self.pack([self.example(*document) for document in plan[r]])
                   for r in (range(self.n_row) if rows is None else rows)]
         tensors = (torch.stack(part) for part in list(zip(*packed))[:4])
-        return Batch(*tensors, lengths=[row[4] for row in packed])
+        return Batch(*tensors, lengths=[row[4] for row in packed], n_frame=sum(row[5] for row in packed))
 
     def pack(self, documents):
-        """Documents one after the other, padded to row_frames -> tokens, targets, weight, modality, lengths."""
+        """Documents one after another, padded to row_frames -> tokens, targets, weight, modality,
+        lengths (with the padding as a document of its own), and the number of frames before the padding."""
         lengths = [len(document[0]) for document in documents]
         n_pad = self.row_frames - sum(lengths)
         pad = stream0_frames(self.vocab, [0] * n_pad)
         empty = (pad, pad, pad.float(), pad[:, 0])
         parts = [torch.cat(part) for part in zip(*documents, empty)]        # (S, N), (S, N), (S, N), (S,)
-        return *parts, lengths + [n_pad] * (n_pad > 0)
+        return *parts, lengths + [n_pad] * (n_pad > 0), sum(lengths)

@@ -1,11 +1,11 @@
 """Evaluate: word error rates of recognition and synthesis, and teacher-forced perplexity per stream.
 
 Eleventh file of the reading order.
-  python eval.py out/numbers                        rewrites out/numbers/results.json, wavs and curves
-  python eval.py out/numbers --whisper=DIR          also lets Whisper judge the speech (pip install -e '.[eval]')
+  python eval.py out/numbers                    rewrites out/numbers/results.json, wavs and curves
+  python eval.py out/numbers --whisper=DIR      also lets Whisper judge the speech (pip install -e '.[eval]')
 Everything is measured on texts that no training utterance has; "unseen" are voices that training never heard.
-Synthesis is judged on its sound: the wav is tokenized again and read by the model's own recogniser, which is too kind,
-and by Whisper, where given, next to the original recordings and to the originals after tokenizing and decoding.
+Synthesis is judged on its sound: the wav is tokenized again and read by the model's own recogniser, which is
+too kind, and by Whisper, where given, next to the original recordings, as they are and tokenized and decoded.
 """
 import argparse
 import json
@@ -38,8 +38,8 @@ def edit_distance(reference, hypothesis):
 
 
 def word_error_rate(references, hypotheses, cap=False):
-    """Corpus WER in percent: all errors / all reference words. cap: an utterance's errors count at most its words,
-    so that one endless repetition does not stand for the whole test."""
+    """Corpus WER in percent: all errors / all reference words. cap: an utterance's errors count at most its
+    words, so that one endless repetition does not stand for the whole test."""
     errors = words = 0
     for reference, hypothesis in zip(references, hypotheses, strict=True):
         r, h = reference.split(), hypothesis.split()
@@ -49,8 +49,8 @@ def word_error_rate(references, hypotheses, cap=False):
 
 
 def spell_out(hypothesis, reference):
-    """Whisper's spelling -> words: lower case, no punctuation, numerals digit by digit where the reference is a digit
-    string and as cardinals otherwise: ('7-3 5.', 'seven three five') -> 'seven three five'."""
+    """Whisper's spelling -> words: lower case, no punctuation, numerals digit by digit where the reference is
+    a digit string and as cardinals otherwise: ('7-3 5.', 'seven three five') -> 'seven three five'."""
     is_digits = all(word in ONES[:10] for word in reference.split())
     text = re.sub(r"(?<=\d),(?=\d{3})", "", hypothesis.lower())             # 2,345 -> 2345
 
@@ -72,7 +72,7 @@ class Whisper:
         self.model = WhisperModel(folder, device="cpu", compute_type="float32", cpu_threads=os.cpu_count())
 
     def hear(self, wav, reference):
-        """wav (n,) at 16 kHz, padded with half a second of silence (Whisper is poor on bare short clips) -> words."""
+        """wav (n,) at 16 kHz, with silence around it (Whisper is poor on bare short clips) -> words."""
         silence = np.zeros(Tokenizer.sample_rate // 2, np.float32)
         padded = np.concatenate([silence, wav.astype(np.float32), silence])
         segments, _ = self.model.transcribe(padded, language="en", beam_size=1, without_timestamps=True,
@@ -91,7 +91,7 @@ def evaluate_asr(speaker, dataset, limit):
 
 
 def evaluate_tts(speaker, dataset, limit, folder, whisper=None, seed=0):
-    """Speak the first texts of `dataset` in the voice of another utterance of the same speaker, and have them read."""
+    """Speak the first texts of `dataset`, prompted by another utterance of the speaker; have them read."""
     n = min(limit, len(dataset))
     if n == 0:
         return {"own_asr": {"wer": None, "n": 0, "ended": None}, "whisper": None}, []
@@ -101,12 +101,13 @@ def evaluate_tts(speaker, dataset, limit, folder, whisper=None, seed=0):
     spoken = speaker.synthesise(references, prompts, generator)
     tokenizer = speaker.tokenizer
     wavs = [tokenizer.decode(codes) for codes, _ in spoken]
-    copies = [tokenizer.decode(dataset[i][0]) for i in range(n)]            # originals, tokenized and decoded again
-    read = lambda wavs: speaker.transcribe([tokenizer.encode(pad_short(wav)) for wav in wavs])      # noqa: E731
+    copies = [tokenizer.decode(dataset[i][0]) for i in range(n)]    # originals, tokenized and decoded again
+    read = lambda wavs: speaker.transcribe([tokenizer.encode(pad_short(wav)) for wav in wavs])
     hypotheses = read(wavs)
     result = {"own_asr": {"wer": word_error_rate(references, hypotheses, cap=True), "n": n,
                           "ended": sum(ended for _, ended in spoken) / n,
-                          "resynthesised": word_error_rate(references, read(copies), cap=True)}, "whisper": None}
+                          "resynthesised": word_error_rate(references, read(copies), cap=True)},
+              "whisper": None}
     if whisper:
         originals = [load_audio(path) for path in dataset.info["audio"][:n]]
         judge = {name: word_error_rate(references, [whisper.hear(wav, text) for wav, text in zip(
@@ -122,7 +123,7 @@ def evaluate_tts(speaker, dataset, limit, folder, whisper=None, seed=0):
 
 
 def pad_short(wav):
-    """Speech too short to tokenize (the model ended at once) gets silence behind it, so that it counts as an error."""
+    """Speech too short to tokenize (the model ended at once) gets silence behind it, to count as an error."""
     return np.pad(wav, (0, max(0, 1600 - len(wav))))
 
 
@@ -134,7 +135,8 @@ def perplexities(speaker, dataset, n_batch=4):
         return None
     loader = Loader(dataset, {"asr": 1, "tts": 1}, 2, c.row_frames, c.prompt_len, seed=0)
     reports = [batch_loss(speaker.model, loader.batch(step), c.softmax)[1] for step in range(n_batch)]
-    return {name: math.exp(loss) for name, loss in mean_losses([sum(column) for column in zip(*reports)]).items()}
+    losses = mean_losses([sum(column) for column in zip(*reports)])
+    return {name: math.exp(loss) for name, loss in losses.items()}
 
 
 def plot_curves(run):
@@ -144,7 +146,8 @@ def plot_curves(run):
     import matplotlib.pyplot as plt
     with open(f"{run}/out.jsonl") as f:
         rows = [json.loads(line) for line in f]
-    names = [name for name in ("text", "semantic", "acoustic1", "acoustic4", "acoustic8") if any(name in r for r in rows)]
+    names = [name for name in ("text", "semantic", "acoustic1", "acoustic4", "acoustic8")
+             if any(name in r for r in rows)]
     figure, (losses, rate) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=[3, 1])
     for i, name in enumerate(names):
         points = [(r["step"], r[name]) for r in rows if name in r]
@@ -164,7 +167,7 @@ def plot_curves(run):
 
 
 def evaluate(run, whisper_folder=None):
-    """Measure everything, write results.json, wavs and curves.png into the run's folder; returns the results."""
+    """Measure everything, write results.json, wavs and curves.png into the run's folder; returns results."""
     began, speaker = time.time(), Speaker(run)
     run, c = speaker.run, speaker.config
     data = speaker.state["data"]
@@ -174,13 +177,15 @@ def evaluate(run, whisper_folder=None):
         results["asr"][name], transcripts[f"asr_{name}"] = evaluate_asr(speaker, dataset, c.eval_utterances)
     voices = unseen if len(unseen) else seen
     whisper = Whisper(whisper_folder) if whisper_folder else None
-    results["tts"], transcripts["tts"] = evaluate_tts(speaker, voices, c.tts_utterances, f"{run}/wavs", whisper)
+    results["tts"], transcripts["tts"] = evaluate_tts(
+        speaker, voices, c.tts_utterances, f"{run}/wavs", whisper)
     results["perplexity"] = {"seen": perplexities(speaker, seen), "unseen": perplexities(speaker, unseen)}
     record = {"seconds": {}}
     if os.path.exists(f"{run}/run.json"):           # what train.py measured of itself
         with open(f"{run}/run.json") as f:
             record = json.load(f)
-    results["seconds"] = {"prepare": record["seconds"].get("prepare"), "train": speaker.state["seconds"],
+    results["seconds"] = {"prepare": record["seconds"].get("prepare"),
+                          "train": record["seconds"].get("train", speaker.state["seconds"]),
                           "eval": time.time() - began}
     results["frames_per_second"] = speaker.state["frames"] / speaker.state["seconds"]
     results["peak_memory_mb"] = record.get("peak_memory_mb")
@@ -195,7 +200,7 @@ def evaluate(run, whisper_folder=None):
 
 def table(results):
     """The results as a few readable lines."""
-    percent = lambda x: "  --  " if x is None else f"{x:5.1f} %"           # noqa: E731
+    percent = lambda x: "  --  " if x is None else f"{x:5.1f} %"
     asr, own, whisper = results["asr"], results["tts"]["own_asr"], results["tts"]["whisper"]
     lines = [f"ASR WER, new texts   known voices {percent(asr['seen']['wer'])} (n={asr['seen']['n']})"
              f"   new voices {percent(asr['unseen']['wer'])} (n={asr['unseen']['n']})"]

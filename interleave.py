@@ -1,15 +1,15 @@
 """Interleaving: how speech and text become one sequence that a decoder-only Transformer can predict.
 
-First file of the reading order; it imports nothing of ours. It holds the joint vocabulary, the task templates,
-the delay and the loss weights. See it at work:  python interleave.py
-Implements OpusLM (arXiv 2506.17611), section 2; layout facts of its toolkit ESPnet-SpeechLM (arXiv 2502.15218).
+First file of the reading order; it imports nothing of ours. It holds the joint vocabulary, the task
+templates, the delay and the loss weights. See it at work:  python interleave.py
+Implements OpusLM (arXiv 2506.17611), section 2; layout from its toolkit ESPnet-SpeechLM (arXiv 2502.15218).
 
 Dimension letters, used in every file:
   B batch   T frames (time)   S frames in a packed row   N streams (9 = 1 semantic or text + 8 acoustic)
   D width   H query heads   G key-value heads   E head dim   V joint vocabulary
 
-A frame is one row of N ids. Speech fills all N streams (semantic s, acoustic a1..a8, 50 frames a second); text and
-special tokens live in stream 0 and leave the others padded. Drawn with N=3, `.` is pad:
+A frame is one row of N ids. Speech fills all N streams (semantic s, acoustic a1..a8, 50 frames a second);
+text and special tokens live in stream 0 and leave the others padded. Drawn with N=3, `.` is pad:
 
       text frame   w  .  .          speech frame   s  a1  a2          special frame   <eos>  .  .
 """
@@ -33,7 +33,7 @@ TEXT, SPEECH = 0, 1     # what a segment is made of
 
 @dataclass(frozen=True)
 class Vocab:
-    """The joint vocabulary: specials, semantic codes, one block per acoustic level, text. Sizes come from tokenizers.
+    """Joint vocabulary: specials, semantic codes, one block per acoustic level, text. Tokenizers give sizes.
 
         0        256            256+n_semantic                              text_start           size
         | special | semantic     | acoustic 1 | acoustic 2 | ... | level K   | text               |
@@ -68,8 +68,8 @@ class Vocab:
         """(V,) loss weight of each id as a target, so that a speech frame counts as much as one text token.
 
         text 1, semantic 1/2, acoustic 1/(2(N-1)): the frame sums to 1. A half alone shares the 1 evenly.
-        NOTE(paper): one reading of the paper has 1/(N-1) for acoustic codes; every published recipe has 0.0625 =
-        1/(2(N-1)). Those recipes weigh specials 10 in pre-training; we default to 1.
+        NOTE(paper): one reading of the paper has 1/(N-1) for acoustic codes; every published recipe has
+        0.0625 = 1/(2(N-1)). Those recipes weigh specials 10 in pre-training; we default to 1.
         """
         weight = torch.zeros(self.size)
         weight[1:N_SPECIAL] = special_weight
@@ -83,7 +83,8 @@ class Vocab:
 def speech_frames(vocab, codes):
     """Raw codes (T, N), each from 0 in its own codebook -> joint ids (T, N)."""
     codes = torch.as_tensor(codes, dtype=torch.long)
-    assert codes.ndim == 2 and codes.shape[1] == vocab.n_stream, f"codes {tuple(codes.shape)}, N={vocab.n_stream}"
+    N = vocab.n_stream
+    assert codes.ndim == 2 and codes.shape[1] == N, f"codes {tuple(codes.shape)}, N={N}"
     return codes + torch.tensor([start for start, _ in vocab.streams])      # (T, N)
 
 
@@ -118,11 +119,12 @@ class Segment:
         return TEXT if self.of == "text" else SPEECH
 
 
-SPEECH_IN, SPEECH_OUT = Segment("<codec_ssl_start>", "speech"), Segment("<codec_ssl_start>", "speech", target=True)
-TEXT_IN, TEXT_OUT = Segment("<text_bpe_start>", "text"), Segment("<text_bpe_start>", "text", target=True)
+SPEECH_IN, TEXT_IN = Segment("<codec_ssl_start>", "speech"), Segment("<text_bpe_start>", "text")
+SPEECH_OUT = Segment("<codec_ssl_start>", "speech", target=True)
+TEXT_OUT = Segment("<text_bpe_start>", "text", target=True)
 
-# A task is its task token and its segments: to add one, add a line. Text-only sequences start bare, without task
-# token or marker, so that they look like what the base LLM was trained on.
+# A task is its task token and its segments: to add one, add a line. Text-only sequences start bare, without
+# task token or marker, so that they look like what the base LLM was trained on.
 TASKS = {
     "asr":       ("<codec_ssl_asr_task>", [SPEECH_IN, TEXT_OUT]),
     "tts":       ("<codec_ssl_tts_task>", [TEXT_IN, Segment("<spk_start>", "prompt"), SPEECH_OUT]),
@@ -142,16 +144,16 @@ def task_length(vocab, task, lengths):
 
 
 def build_sequence(vocab, task, entries, loss_region="whole"):
-    """Splice one example into aligned frames, the form in which a row is one moment of speech or one text token.
+    """Splice one example into aligned frames, where a row is one moment of speech or one text token.
 
-        ASR   [sos][asr] [speech>] S S S S  P P  [text>] w w [eos] P P                (N = 3: P is N-1 = 2 pad frames)
+        ASR   [sos][asr] [speech>] S S S S  P P  [text>] w w [eos] P P        (N = 3: P is N-1 = 2 pad frames)
         TTS   [sos][tts] [text>] w w  P P  [spk>] S S  P P  [speech>] S S S S [eos] P P
 
     vocab: Vocab.  entries: {"speech" | "text" | "prompt": joint-id frames (T_i, N)}.
     loss_region: "whole" trains on every non-pad token, "target" on target segments with their marker and eos.
     Returns tokens (T, N) long, learn (T,) bool: rows that carry a loss, modality (T,) long: TEXT or SPEECH.
-    The P frames after every segment give the delay room, so that one delay over the whole sequence never moves a
-    code into the next segment.
+    The P frames after every segment give the delay room, so that one delay over the whole sequence never
+    moves a code into the next segment.
     """
     if loss_region not in ("whole", "target"):
         raise ValueError(f"loss_region is 'whole' or 'target', not {loss_region!r}")
@@ -177,13 +179,14 @@ def build_sequence(vocab, task, entries, loss_region="whole"):
 
 
 def generation_prefix(vocab, task, entries):
-    """What the model is given before it goes on by itself: the task's sequence up to the target's marker, (T, N).
+    """What the model gets before it goes on by itself: the task's sequence up to the target's marker, (T, N).
 
-    Entries of the target may be missing; where they are given (continuing speech or text) they end the prefix.
+    Target entries may be missing; where they are given (continuing speech or text) they end the prefix.
     """
     empty = stream0_frames(vocab, [])
-    tokens, _, _ = build_sequence(vocab, task, {of: entries.get(of, empty) for of in ("speech", "text", "prompt")})
-    return tokens[:-vocab.n_stream]                                         # without eos and the last N-1 pad frames
+    entries = {of: entries.get(of, empty) for of in ("speech", "text", "prompt")}
+    tokens, _, _ = build_sequence(vocab, task, entries)
+    return tokens[:-vocab.n_stream]                                 # without eos and the last N-1 pad frames
 
 
 # ---- delay -------------------------------------------------------------------------------------------------
@@ -198,7 +201,7 @@ def delay(tokens):
                      .  .  .                    . 22 13
                      .  .  .                    .  . 23
 
-    All N predictions of a step are made in parallel, yet the code of level n still sees levels < n of its own frame.
+    All N predictions of a step are made in parallel, yet the code of level n sees levels < n of its frame.
     What would fall off the end must be pad: the caller leaves N-1 pad frames (build_sequence does).
     NOTE(espnet): its delay cuts those rows silently and returns nothing for N = 1.
     """
@@ -207,7 +210,8 @@ def delay(tokens):
     for n in range(N):
         keep = max(T - n, 0)
         if (tokens[..., keep:, n] != PAD).any():
-            raise ValueError(f"delay would lose tokens of stream {n}: end the sequence with {N - 1} pad frames")
+            raise ValueError(f"delay would lose tokens of stream {n}: "
+                             f"end the sequence with {N - 1} pad frames")
         delayed[..., n:, n] = tokens[..., :keep, n]
     return delayed                                                          # (..., T, N)
 
@@ -231,20 +235,21 @@ def training_example(vocab, task, entries, weights, loss_region="whole"):
     """
     tokens, learn, modality = build_sequence(vocab, task, entries, loss_region)
     delayed = delay(tokens)                                                 # (T, N)
-    learn = delay(learn[:, None].long() * (tokens != PAD))                  # (T, N): the loss moves with its token
+    learn = delay(learn[:, None].long() * (tokens != PAD))          # (T, N): the loss moves with its token
     weight = weights[delayed] * learn                                       # (T, N)
     return delayed[:-1], delayed[1:], weight[1:], modality[1:]
 
 
 def show(vocab, frames):
-    """Frames (T, N) as readable text, one row a line: special names, text ids, or the raw code of each stream."""
+    """Frames (T, N) as text, one row a line: special names, text ids, or the raw code of each stream."""
     names = {i: name for name, i in SPECIAL.items()}
     rows = []
     for frame in frames.tolist():
         cells = []
         for n, i in enumerate(frame):
             start = vocab.text_start if n == 0 and i >= vocab.text_start else vocab.streams[n][0]
-            cells.append("." if i == PAD else names.get(i) or ("w" if start == vocab.text_start else "") + str(i - start))
+            letter = "w" if start == vocab.text_start else ""
+            cells.append("." if i == PAD else names.get(i) or letter + str(i - start))
         rows.append(f"{cells[0]:>26} " + " ".join(f"{cell:>4}" for cell in cells[1:]))
     return "\n".join(rows)
 
@@ -252,6 +257,7 @@ def show(vocab, frames):
 if __name__ == "__main__":
     toy = Vocab(n_semantic=10, n_acoustic=10, n_level=2, n_text=10)
     four = speech_frames(toy, [[1, 1, 1], [2, 2, 2], [3, 3, 3], [4, 4, 4]])
+    entries = {"speech": four, "prompt": four[:2], "text": text_frames(toy, [7, 8])}
     for name in TASKS:
-        example, _, _ = build_sequence(toy, name, {"speech": four, "prompt": four[:2], "text": text_frames(toy, [7, 8])})
+        example, _, _ = build_sequence(toy, name, entries)
         print(f"\n{name}: aligned\n{show(toy, example)}\n{name}: delayed\n{show(toy, delay(example))}")

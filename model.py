@@ -1,10 +1,11 @@
 """The model: one decoder-only Transformer that reads sums of N embeddings and predicts N tokens a step.
 
-Second file of the reading order; it imports nothing of ours and takes numbers, never a Vocab. The body is SmolLM2's
-(Llama): RMSNorm before each sub-layer, rotary positions, grouped-query attention, SwiGLU, no biases. Around it stand
-what makes it OpusLM (arXiv 2506.17611, section 2): the summed embedding and the parallel heads with their loss.
+Second file of the reading order; it imports nothing of ours and takes numbers, never a Vocab. The body is
+SmolLM2's (Llama): RMSNorm before each sub-layer, rotary positions, grouped-query attention, SwiGLU, no
+biases. Around it stand what makes it OpusLM (arXiv 2506.17611, section 2): the summed embedding and the
+parallel heads with their loss.
 
-       delayed tokens (B, T, N)                       logits of stream n = W[range of n] (hidden + head_emb[n])
+       delayed tokens (B, T, N)                      logits of stream n = W[range of n] (hidden + head_emb[n])
                  |                                                ^
           sum of N embeddings  -->  blocks  -->  norm  -->  hidden (B, T, D)
 
@@ -45,8 +46,9 @@ class ModelConfig:
 def rope_table(config, n_position, device=None):
     """(cos, sin), each (n_position, E): the rotation angles of every position, fp32."""
     E = config.d_model // config.n_head
-    frequency = config.rope_theta ** (-torch.arange(0, E, 2, device=device).float() / E)            # (E/2,)
-    angle = torch.outer(torch.arange(n_position, device=device).float(), frequency).repeat(1, 2)    # (n_position, E)
+    frequency = config.rope_theta ** (-torch.arange(0, E, 2, device=device).float() / E)    # (E/2,)
+    position = torch.arange(n_position, device=device).float()
+    angle = torch.outer(position, frequency).repeat(1, 2)                                   # (n_position, E)
     return angle.cos(), angle.sin()
 
 
@@ -67,15 +69,15 @@ def attend_dense(q, k, v, mask):
 def attend_documents(q, k, v, lengths):
     """Causal attention inside each document of packed frames: q (S, H, E), k and v (S, G, E) -> (S, H, E).
 
-    lengths: frames of each document, in order, summing to S. The H/G query heads that share a key-value head are
-    stacked into rows of one matrix product, and no product reaches over a document's border: on a CPU this is
-    several times faster than scaled_dot_product_attention with the mask of `document_mask`, its tested reference.
+    lengths: frames of each document, in order, summing to S. The H/G query heads that share a key-value head
+    are stacked into rows of one matrix product, and no product reaches over a document's border: on a CPU
+    this is several times faster than scaled_dot_product_attention with a document mask, its tested reference.
     """
     S, H, E = q.shape
     G = k.shape[1]
     q = (q * E ** -0.5).view(S, G, H // G, E).permute(1, 2, 0, 3)           # (G, H/G, S, E)
     k, v = k.permute(1, 2, 0), v.transpose(0, 1)                            # (G, E, S), (G, S, E)
-    outputs, causal = [], _causal_bias(max(lengths), q.device)
+    outputs, causal = [], _causal_bias(max(lengths), q)
     for q_doc, k_doc, v_doc in zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 1)):
         T = q_doc.shape[2]
         scores = (q_doc.reshape(G, -1, E) @ k_doc).view(G, H // G, T, T) + causal[:T, :T]
@@ -84,8 +86,8 @@ def attend_documents(q, k, v, lengths):
     return torch.cat(outputs, 1).transpose(0, 1)                            # (S, H, E)
 
 
-def _causal_bias(T, device):
-    return torch.full((T, T), -math.inf, device=device).triu(1)             # (T, T): 0 may look, -inf may not
+def _causal_bias(T, like):
+    return torch.full((T, T), -math.inf, device=like.device, dtype=like.dtype).triu(1)   # (T, T): 0 may look
 
 
 class Linear(nn.Linear):
@@ -141,10 +143,10 @@ class Block(nn.Module):
 # ---- key-value cache ---------------------------------------------------------------------------------------
 
 class KVCache:
-    """Keys and values of every layer for B sequences of up to T_max frames; slot t of a row holds its frame t.
+    """Keys and values of each layer for B sequences of up to T_max frames; slot t of a row holds its frame t.
 
-    Rows of a batch may stand at different frames: a frame beyond a row's own end is overwritten when the row gets
-    there, and no query looks past its own position, so ragged prompts need no padding on the left.
+    Rows of a batch may stand at different frames: a frame beyond a row's own end is overwritten when the row
+    gets there, and no query looks past its own position, so ragged prompts need no padding on the left.
     """
 
     def __init__(self, config, B, T_max, device=None, dtype=torch.float32):
@@ -170,7 +172,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator=None):
-        """Matrices N(0, 1/D) as SmolLM2-135M has it, those that write into the residual stream smaller by sqrt(2 layers)."""
+        """Matrices N(0, 1/D) as in SmolLM2-135M, those into the residual stream smaller by sqrt(2 layers)."""
         std = self.config.d_model ** -0.5
         for name, p in self.named_parameters():
             if p.ndim == 1:
@@ -178,12 +180,12 @@ class Model(nn.Module):
             else:
                 last = name.endswith(("o_proj.weight", "down_proj.weight"))
                 p.normal_(0, std / math.sqrt(2 * self.config.n_layer) if last else std, generator=generator)
-        self.head_emb.zero_()       # NOTE(espnet): N(0, 1) there; zero leaves the text path of a base LLM untouched
+        self.head_emb.zero_()       # NOTE(espnet): N(0, 1) there; zero keeps a base LLM's text path as it is
         self.emb[0] = 0             # pad adds nothing to a frame's sum
         return self
 
     def embed(self, tokens):
-        """tokens (..., N) -> (..., D): the sum of the streams' embeddings; pad counts 0 and gets no gradient."""
+        """tokens (..., N) -> (..., D): sum of the streams' embeddings; pad counts 0 and gets no gradient."""
         flat = F.embedding_bag(tokens.reshape(-1, tokens.shape[-1]), self.emb, mode="sum", padding_idx=0)
         return flat.view(*tokens.shape[:-1], -1).to(self.dtype)             # (..., D)
 
@@ -191,7 +193,8 @@ class Model(nn.Module):
         """Packed documents, delayed: tokens (S, N), lengths of the documents (sum S) -> hidden (S, D)."""
         x = self.embed(tokens)                                              # (S, D)
         position = torch.cat([torch.arange(n, device=tokens.device) for n in lengths])
-        cos, sin = (t.to(x.dtype)[position, None] for t in rope_table(self.config, max(lengths), tokens.device))
+        table = rope_table(self.config, max(lengths), tokens.device)
+        cos, sin = (t.to(x.dtype)[position, None] for t in table)
         for block in self.blocks:
             q, k, v = block.qkv(x, cos, sin)
             x = block.finish(x, attend_documents(q, k, v, lengths))
@@ -199,7 +202,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def extend(self, tokens, cache, start):
-        """The same with a cache: tokens (B, T, N) are frames start.. of each row, start (B,) -> hidden (B, T, D).
+        """The same with a cache: tokens (B, T, N) are frames start (B,).. of each row -> hidden (B, T, D).
 
             cache slot    0 1 2 3 4 5 6        a step of T=1 at position 4 writes slot 4
             may look at   x x x x x . .        and looks at slots 0..4
@@ -210,7 +213,8 @@ class Model(nn.Module):
         end = int(position.max()) + 1
         if end > cache.k.shape[3]:
             raise ValueError(f"sequence of {end} frames, but the cache holds {cache.k.shape[3]}")
-        cos, sin = (t.to(x.dtype)[position, None] for t in rope_table(self.config, end, tokens.device))     # (B, T, 1, E)
+        table = rope_table(self.config, end, tokens.device)
+        cos, sin = (t.to(x.dtype)[position, None] for t in table)           # (B, T, 1, E)
         mask = (torch.arange(end, device=tokens.device) <= position[..., None])[:, None]    # (B, 1, T, end)
         rows = torch.arange(B, device=tokens.device)[:, None]
         for block, k_cache, v_cache in zip(self.blocks, cache.k, cache.v):
@@ -221,16 +225,17 @@ class Model(nn.Module):
         return self.norm(x)
 
     def logits(self, hidden, stream, rows):
-        """Scores of some ids as the next token of one stream: hidden (..., D), rows: slice or ids -> (..., len) fp32."""
-        return F.linear(hidden + self.head_emb[stream].to(hidden.dtype), self.lm_head[rows].to(hidden.dtype)).float()
+        """Scores of ids as a stream's next token: hidden (..., D), rows: slice or ids -> (..., len) fp32."""
+        hidden = hidden + self.head_emb[stream].to(hidden.dtype)
+        return F.linear(hidden, self.lm_head[rows].to(hidden.dtype)).float()
 
     def token_losses(self, hidden, targets, weight, modality, scope):
-        """Cross-entropy of every target: hidden (S, D), targets and weight (S, N), modality (S,) -> (S, N) fp32, nats.
+        """Cross-entropies in nats: hidden (S, D), targets and weight (S, N), modality (S,) -> (S, N) fp32.
 
-        Entries with weight 0 (pads, masked segments) are not computed and stay 0: rows are gathered before the heads.
+        Entries of weight 0 (pads, masked segments) stay 0, not computed: rows are gathered before the heads.
         scope "original": stream 0 against all V ids, streams 1.. against all acoustic ids, as ESPnet trains.
-        scope "grammar": only against what decoding allows here: specials and text, or specials and stream 0's own
-        codes, by the modality of the target's segment; in streams 1.. their own codes. Much cheaper, same use.
+        scope "grammar": only against what decoding allows: specials and text, or specials and stream 0's own
+        codes, by the modality of the target's segment; in streams 1.. their codes. Much cheaper, same use.
         """
         c = self.config
         losses = torch.zeros(targets.shape, device=targets.device)          # (S, N)
@@ -244,7 +249,7 @@ class Model(nn.Module):
             row = live.nonzero()[:, 0]                                      # (R,)
             ids = torch.cat([torch.arange(r.start, r.stop, device=row.device) for r in ranges])
             place = torch.zeros(c.vocab_size, dtype=torch.long, device=row.device)
-            place[ids] = torch.arange(len(ids), device=row.device)          # id -> its column among the logits
+            place[ids] = torch.arange(len(ids), device=row.device)          # id -> its column of the logits
             logits = self.logits(hidden[row], 0, ids)                       # (R, len(ids))
             losses[row, 0] = F.cross_entropy(logits, place[targets[row, 0]], reduction="none")
         if c.n_stream > 1:
@@ -255,17 +260,19 @@ class Model(nn.Module):
     def acoustic_logits(self, hidden):
         """hidden (..., D) -> (..., K, codes): the scores of streams 1.. (K = N-1) over their own codes, fp32.
 
-        One product serves all K streams: W (h + e_n) = W h + W e_n, so a stream only adds a bias to its codes' scores.
+        One product serves all K streams: W (h + e_n) = W h + W e_n, a stream only adds a bias to its scores.
         """
         K, (start, end) = self.config.n_stream - 1, (self.config.streams[1][0], self.config.streams[-1][1])
-        head = self.lm_head[start:end].unflatten(0, (K, -1)).to(hidden.dtype)                   # (K, codes, D)
-        bias = (head * self.head_emb[1:, None].to(hidden.dtype)).sum(-1)                        # (K, codes)
-        return (F.linear(hidden, head.flatten(0, 1)).unflatten(-1, bias.shape) + bias).float()  # (..., K, codes)
+        head = self.lm_head[start:end].unflatten(0, (K, -1)).to(hidden.dtype)               # (K, codes, D)
+        bias = (head * self.head_emb[1:, None].to(hidden.dtype)).sum(-1)                    # (K, codes)
+        scores = F.linear(hidden, head.flatten(0, 1)).unflatten(-1, bias.shape) + bias      # (..., K, codes)
+        return scores.float()
 
     def _acoustic_losses(self, hidden, targets, live, scope):
         """hidden (R, D), targets and live (R, K) -> (R, K)."""
-        start, end = self.config.streams[1][0], self.config.streams[-1][1]
-        own_start = torch.tensor([first for first, _ in self.config.streams[1:]], device=targets.device)    # (K,)
+        streams = self.config.streams[1:]
+        start, end = streams[0][0], streams[-1][1]
+        own_start = torch.tensor([first for first, _ in streams], device=targets.device)    # (K,)
         if scope == "original":
             head = self.lm_head[start:end].to(hidden.dtype)
             scores = F.linear(hidden, head)                                 # (R, K * codes)
@@ -274,7 +281,8 @@ class Model(nn.Module):
             return torch.stack([F.cross_entropy((scores + bias[n]).float(), target[:, n], reduction="none")
                                 for n in range(len(bias))], 1)
         target = torch.where(live, targets - own_start, -100)               # (R, K)
-        return F.cross_entropy(self.acoustic_logits(hidden).flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
+        logits = self.acoustic_logits(hidden).flatten(0, 1)                 # (R * K, codes)
+        return F.cross_entropy(logits, target.flatten(), reduction="none").view(target.shape)
 
 
 # ---- loss of a batch ---------------------------------------------------------------------------------------
@@ -282,26 +290,27 @@ class Model(nn.Module):
 def batch_loss(model, batch, scope):
     """Loss of a packed Batch (data.py): its tensors (R, S, N), modality (R, S), lengths -> (loss, report).
 
-    loss: the weighted sum over all targets, nats, a scalar with gradient; divide by the number of frames with a
-    stream-0 target. report: plain sums that add up over batches and workers, for `mean_losses`.
+    loss: the weighted sum over all targets, nats, a scalar with gradient; divide by the number of frames with
+    a stream-0 target. report: plain sums that add up over batches and workers, for `mean_losses`.
     """
     device = model.emb.device
-    tokens, targets, weight = (t.to(device).flatten(0, 1) for t in (batch.tokens, batch.targets, batch.weight))  # (R*S, N)
+    parts = (batch.tokens, batch.targets, batch.weight)
+    tokens, targets, weight = (t.to(device).flatten(0, 1) for t in parts)   # (R*S, N)
     modality = batch.modality.to(device).flatten()                          # (R*S,)
     hidden = model(tokens, [length for row in batch.lengths for length in row])
     losses = model.token_losses(hidden, targets, weight, modality, scope)   # (R*S, N)
     with torch.no_grad():
         live, first = weight > 0, targets[:, 0]
         text, special = first >= model.config.text_start, first < model.config.n_special
-        kinds = torch.stack([live[:, 0] & text, live[:, 0] & special, live[:, 0] & ~text & ~special], 1)         # (R*S, 3)
-        masks = torch.cat([kinds, live[:, 1:]], 1)                          # (R*S, 3 + K)
+        kinds = [live[:, 0] & text, live[:, 0] & special, live[:, 0] & ~text & ~special]    # 3 of (R*S,)
+        masks = torch.cat([torch.stack(kinds, 1), live[:, 1:]], 1)          # (R*S, 3 + K)
         columns = torch.cat([losses[:, :1].expand(-1, 3), losses[:, 1:]], 1)
         report = (columns * masks).sum(0).tolist() + masks.sum(0).tolist()
     return (losses * weight).sum(), report
 
 
 def mean_losses(report):
-    """The report of `batch_loss`, added up -> {"text": nats per token, "semantic": .., "acoustic1": ..}, as occurred."""
+    """Summed `batch_loss` reports -> {"text": nats a token, "semantic": .., "acoustic1": ..}, as occurred."""
     half = len(report) // 2
     names = ["text", "special", "semantic"] + [f"acoustic{n}" for n in range(1, half - 2)]
     return {name: loss / count for name, loss, count in zip(names, report[:half], report[half:]) if count}

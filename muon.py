@@ -1,19 +1,19 @@
 """Muon: momentum whose direction is made orthogonal, for the matrices inside the Transformer blocks.
 
-A helper of train.py. The method is Keller Jordan's (kellerjordan.github.io/posts/muon). torch.optim.Muon runs the
-iteration in bf16, one matrix at a time and on every rank: on a CPU without bf16 arithmetic that alone takes longer
-than our whole training step (LOG.md). Here matrices of one shape are one batched product, in the dtype that the
-machine multiplies fast, and the ranks share the work.
+A helper of train.py. The method is Keller Jordan's (kellerjordan.github.io/posts/muon). torch.optim.Muon
+iterates in bf16, one matrix at a time and on every rank: on a CPU without bf16 arithmetic that alone takes
+longer than the rest of our training step (LOG.md). Here matrices of one shape are one batched product, in the
+dtype that the machine multiplies fast, and the ranks share the work.
 """
 import torch
 import torch.distributed as dist
 
 
-def orthogonalise(x, n_iter=5):
-    """x (K, m, n) -> (K, m, n): the singular values of each matrix pushed towards 1, its singular vectors kept.
+def orthogonalise(x, n_iter):
+    """x (K, m, n) -> (K, m, n): each matrix with its singular values pushed towards 1, its vectors kept.
 
-    Newton-Schulz with the quintic a x + b x^3 + c x^5, whose coefficients are chosen to lift small singular values
-    fast: after 5 rounds they all lie between about 0.7 and 1.2, which is near enough.
+    Newton-Schulz with the quintic a x + b x^3 + c x^5, whose coefficients lift small singular values fast:
+    after 5 rounds nearly all lie between 0.7 and 1.2, after 3 the smallest still lag behind.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.shape[1] > x.shape[2]
@@ -28,9 +28,9 @@ def orthogonalise(x, n_iter=5):
 class Muon(torch.optim.Optimizer):
     """step(): p -= lr * sqrt(max(1, rows / columns)) * orthogonalise(nesterov momentum of the gradient)."""
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
+    def __init__(self, params, lr, momentum=0.95, n_iter=5, weight_decay=0.0, dtype=torch.float32):
         super().__init__(list(params), dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.dtype = dtype              # of the iteration
+        self.n_iter, self.dtype = n_iter, dtype         # of the iteration
 
     @torch.no_grad()
     def step(self):
@@ -50,7 +50,7 @@ class Muon(torch.optim.Optimizer):
                 mine = directions[rank * share:(rank + 1) * share]
                 stack = torch.zeros(share, *shape, dtype=self.dtype, device=params[0].device)
                 if mine:
-                    stack[:len(mine)] = orthogonalise(torch.stack(mine).to(self.dtype))
+                    stack[:len(mine)] = orthogonalise(torch.stack(mine).to(self.dtype), self.n_iter)
                 parts = [stack]
                 if world > 1:
                     parts = [torch.empty_like(stack) for _ in range(world)]

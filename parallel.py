@@ -1,7 +1,7 @@
 """Processes, devices and checkpoints: everything around the model that is not the model.
 
-Seventh file of the reading order. Parallelism is applied from here, model.py knows nothing of it: every worker holds
-the whole model, takes its rows of the global batch, and the gradients are summed over the workers.
+Seventh file of the reading order. Parallelism is applied from here, model.py knows nothing of it: every
+worker holds the whole model, takes its rows of the global batch, and the gradients are summed over workers.
 """
 import dataclasses
 import json
@@ -14,15 +14,16 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from config import read_config, save_config
-from interleave import Vocab
+from interleave import N_SPECIAL, Vocab
 from model import Model, ModelConfig
-
 
 # ---- processes ---------------------------------------------------------------------------------------------
 
 def start_workers():
     """Join the process group that torchrun made, if it did. Returns (rank, world size, device)."""
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" not in os.environ:
         return 0, 1, device
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -68,29 +69,31 @@ def make_model(config, vocab, dtype=torch.float32):
     """The Config's model for a Vocab, weights not initialised."""
     names = [f.name for f in dataclasses.fields(ModelConfig)]
     shape = {name: getattr(config, name) for name in names if hasattr(config, name)}
-    return Model(ModelConfig(vocab_size=vocab.size, streams=vocab.streams, **shape | {"n_special": 256}), dtype)
+    ids = {"vocab_size": vocab.size, "streams": vocab.streams, "n_special": N_SPECIAL}
+    return Model(ModelConfig(**ids, **shape), dtype)
 
 
 def checkpoints(out_dir):
     """Complete checkpoint folders of a run, oldest first. A folder gets this name only once it is whole."""
-    names = sorted(name for name in os.listdir(out_dir) if re.fullmatch(r"step_\d{7}", name)) if os.path.isdir(out_dir) else []
-    return [os.path.join(out_dir, name) for name in names]
+    names = os.listdir(out_dir) if os.path.isdir(out_dir) else []
+    return [os.path.join(out_dir, name) for name in sorted(names) if re.fullmatch(r"step_\d{7}", name)]
 
 
-def save_checkpoint(out_dir, step, config, vocab, model, optimizers, state, keep_last):
-    """out_dir/step_NNNNNNN with model.safetensors, optimizer.pt, config.json, state.json: written beside, then renamed."""
-    final = os.path.join(out_dir, f"step_{step:07d}")
+def save_checkpoint(config, vocab, model, optimizers, step, state):
+    """Write out_dir/step_NNNNNNN beside its place, then rename: weights, optimizers, config, state."""
+    final = os.path.join(config.out_dir, f"step_{step:07d}")
     temporary = final + ".tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     os.makedirs(temporary)
-    save_file({name: p.detach().cpu().contiguous() for name, p in model.state_dict().items()}, f"{temporary}/model.safetensors")
+    weights = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
+    save_file(weights, f"{temporary}/model.safetensors")
     torch.save([optimizer.state_dict() for optimizer in optimizers], f"{temporary}/optimizer.pt")
     save_config(config, f"{temporary}/config.json")
     with open(f"{temporary}/state.json", "w") as f:
         json.dump({"step": step, "vocab": dataclasses.asdict(vocab), **state}, f, indent=1)
     shutil.rmtree(final, ignore_errors=True)
     os.rename(temporary, final)
-    for old in checkpoints(out_dir)[:-keep_last]:
+    for old in checkpoints(config.out_dir)[:-config.keep_last]:
         shutil.rmtree(old)
 
 
@@ -101,7 +104,7 @@ def load_weights(folder, model):
         f"{name}: {tuple(weights[name].shape)} there, {tuple(own[name].shape)} here"
         for name in own if name in weights and weights[name].shape != own[name].shape]
     if wrong:
-        raise ValueError(f"{folder} holds another model than the configuration describes: {'; '.join(wrong[:5])}")
+        raise ValueError(f"{folder} holds another model than the configuration's: {'; '.join(wrong[:5])}")
     model.load_state_dict(weights)
 
 
@@ -118,11 +121,11 @@ def read_state(folder):
 
 
 def load_model(folder, device="cpu"):
-    """A run's folder (its newest checkpoint) or a checkpoint's -> (model for inference, Config, Vocab, state)."""
+    """A run's folder (its newest checkpoint) or a checkpoint's -> (inference model, Config, Vocab, state)."""
     if not os.path.exists(f"{folder}/state.json"):
         found = checkpoints(folder)
         if not found:
-            raise ValueError(f"{folder} holds no checkpoint: train first, for instance python train.py configs/numbers.py")
+            raise ValueError(f"{folder} holds no checkpoint: train first, python train.py configs/numbers.py")
         folder = found[-1]
     config, state = read_config(f"{folder}/config.json"), read_state(folder)
     model = make_model(config, state["vocab"])

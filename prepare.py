@@ -1,21 +1,21 @@
-"""Prepare: a corpus of audio and transcripts becomes a folder of token shards that training can map into memory.
+"""Prepare: a corpus of audio and transcripts becomes a folder of token shards that training maps into memory.
 
 Fourth file of the reading order. The embedded corpus, and any other by its manifest:
   python prepare.py --corpus=numbers
   python prepare.py --corpus=my/manifest.tsv --text_model=bpe --text_vocab=2000
-A manifest is tab-separated with a header, or jsonl, with the fields id, audio (a path, relative to the manifest), text,
-speaker, and, if you like, split: train, seen (evaluation, known speakers) or unseen (evaluation, new speakers).
-Without a split column one utterance in 50 is held out as seen.
+A manifest is tab-separated with a header, or jsonl, with the fields id, audio (a path, relative to the
+manifest), text, speaker, and, if you like, split: train, seen (evaluation, known speakers) or unseen
+(evaluation, new speakers). Without a split column one utterance in 50 is held out as seen.
 
-The folder is named by a hash of everything that shaped it, so that a trial run is never taken for the real one:
+The folder is named by a hash of all that shaped it, so that a trial run is never taken for the real one:
   data/numbers-1a2b3c4d/
-    dataset.json                 written last: version, settings, sizes, shards of each split, hours, rejects
-    rejects.tsv                  id and reason of every utterance that was left out
-    tokenizer/, text.model       the fitted audio and text tokenizers
-    train-00000.codes.npy        (frames, N) int16: raw codes of all utterances of the shard, one after the other
-    train-00000.text.npy         (text tokens,) int32: their text ids
-    train-00000.index.npy        (utterances, 5) int64: first frame, frames, first text id, text ids, speaker number
-    train-00000.json             written last: version, counts, CRC-32 of the three arrays, ids, texts, speakers, audio
+    dataset.json             written last: version, settings, sizes, shards of each split, hours, rejects
+    rejects.tsv              id and reason of every utterance that was left out
+    tokenizer/, text.model   the fitted audio and text tokenizers
+    train-00000.codes.npy    (frames, N) int16: raw codes of all utterances of the shard, one after the other
+    train-00000.text.npy     (text tokens,) int32: their text ids
+    train-00000.index.npy    (utterances, 5) int64: first frame, frames, first text id, text ids, speaker
+    train-00000.json         written last: version, counts, CRC-32 of the arrays, ids, texts, speakers, audio
 """
 import csv
 import hashlib
@@ -55,7 +55,7 @@ SETTINGS = dict(            # all that shapes the data; train.py's Config has th
 
 
 def data_folder(root, settings):
-    """The folder that these settings' data live in: root/<corpus name>-<hash of the settings and of the manifest>."""
+    """The folder of these settings' data: root/<corpus name>-<hash of the settings and of the manifest>."""
     content = dict(settings, version=VERSION)
     name = settings["corpus"]
     if name != "numbers":
@@ -65,7 +65,8 @@ def data_folder(root, settings):
             content["manifest"] = hashlib.sha256(f.read()).hexdigest()
         name = os.path.splitext(os.path.basename(name))[0]
         content["corpus"] = name
-    return os.path.join(root, f"{name}-{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]}")
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+    return os.path.join(root, f"{name}-{digest}")
 
 
 def is_prepared(folder):
@@ -82,7 +83,7 @@ def write_file(path, data):
 # ---- manifest ----------------------------------------------------------------------------------------------
 
 def read_manifest(path):
-    """-> (rows, rejects): rows are dicts with id, audio (full path), text, speaker, split; rejects [(id, reason)]."""
+    """-> (rows, rejects): dicts with id, audio (full path), text, speaker, split; rejects [(id, reason)]."""
     with open(path, encoding="utf-8", newline="") as f:
         raw = [json.loads(line) for line in f if line.strip()] if path.endswith(".jsonl") else list(
             csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE))
@@ -93,10 +94,12 @@ def read_manifest(path):
             raise ValueError(f"{path}: entry {number} lacks {', '.join(missing)}; "
                              "a manifest has the fields id, audio, text, speaker and perhaps split")
         row = {field: str(row[field]).strip() for field in ("id", "audio", "text", "speaker")} | {
-            "split": row.get("split") or ("seen" if zlib.crc32(str(row["id"]).encode()) % 50 == 0 else "train")}
+            "split": row.get("split") or (
+                "seen" if zlib.crc32(str(row["id"]).encode()) % 50 == 0 else "train")}
         row["audio"] = os.path.join(os.path.dirname(os.path.abspath(path)), row["audio"])
         if row["split"] not in SPLITS:
-            raise ValueError(f"{path}: entry {number} has split {row['split']!r}, we know {', '.join(SPLITS)}")
+            raise ValueError(f"{path}: entry {number} has split {row['split']!r}, "
+                             f"we know {', '.join(SPLITS)}")
         if row["id"] in seen:
             rejects.append((row["id"], "duplicate id"))
         elif not row["text"]:
@@ -139,19 +142,21 @@ def fit_on(rows, settings, folder):
 
 
 def train_text_model(texts, settings):
-    """A sentencepiece model of the training texts, as bytes. Rows: 0 unknown, then the pieces; no bos, eos or pad."""
+    """A sentencepiece model of the training texts, as bytes: row 0 unknown, then pieces; no bos, eos, pad."""
     size, kind = settings["text_vocab"], settings["text_model"]
     if kind not in ("word", "bpe", "unigram", "char"):
         raise ValueError(f"text_model {kind!r} is not one of word, bpe, unigram, char")
     if size == 0:
         if kind not in ("word", "char"):
             raise ValueError(f"text_model {kind!r} needs a size, for instance --text_vocab=1000")
-        size = 1 + len({piece for text in texts for piece in (text.split() if kind == "word" else text.replace(" ", "_"))})
+        size = 1 + len({piece for text in texts for piece in (
+            text.split() if kind == "word" else text.replace(" ", "_"))})
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_writer=model, model_type=kind, vocab_size=size, unk_id=0, bos_id=-1,
-            eos_id=-1, pad_id=-1, character_coverage=1.0, hard_vocab_limit=False, num_threads=1, minloglevel=2)
+            sentence_iterator=iter(texts), model_writer=model, model_type=kind, vocab_size=size, unk_id=0,
+            bos_id=-1, eos_id=-1, pad_id=-1, character_coverage=1.0, hard_vocab_limit=False, num_threads=1,
+            minloglevel=2)
     except (RuntimeError, OSError) as error:
         raise ValueError(f"sentencepiece could not train a {kind} model of {size} pieces: {error}") from None
     return model.getvalue()
@@ -160,7 +165,7 @@ def train_text_model(texts, settings):
 # ---- shards ------------------------------------------------------------------------------------------------
 
 def make_shard(job):
-    """Tokenize some rows into the shard `name` of `folder`; its json is written last and marks it complete."""
+    """Tokenize some rows into the shard `name` of `folder`; its json, written last, marks it complete."""
     folder, name, rows, speakers, max_audio_s = job
     tokenizer = Tokenizer.load(f"{folder}/tokenizer")
     text_model = sentencepiece.SentencePieceProcessor(model_file=f"{folder}/text.model")
@@ -188,7 +193,8 @@ def make_shard(job):
         np.save(buffer, array)
         checksums[part] = zlib.crc32(buffer.getvalue())
         write_file(f"{folder}/{name}.{part}.npy", buffer.getvalue())
-    meta = {"version": VERSION, "utterances": len(kept), "frames": frame, "crc32": checksums, "rejects": rejects}
+    meta = {"version": VERSION, "utterances": len(kept), "frames": frame, "crc32": checksums,
+            "rejects": rejects}
     meta |= {field: [row[field] for row in kept] for field in ("id", "text", "speaker", "audio")}
     write_file(f"{folder}/{name}.json", json.dumps(meta))
     return name
@@ -201,7 +207,7 @@ def _one_thread():
 # ---- the whole of it ---------------------------------------------------------------------------------------
 
 def prepare(settings, root="data", n_process=None):
-    """Make, or finish making, the data of these settings; returns its folder. Does nothing where it is complete."""
+    """Make, or finish making, the data of these settings, unless they are complete; returns the folder."""
     folder = data_folder(root, settings)
     if is_prepared(folder):
         return folder
@@ -215,8 +221,8 @@ def prepare(settings, root="data", n_process=None):
             def progress(done, total):
                 bar.total = total
                 bar.update(done - bar.n)
-            manifest = make_corpus(f"{folder}/corpus", settings["corpus_utterances"], settings["eval_utterances"],
-                                   settings["data_seed"], n_process, progress)
+            manifest = make_corpus(f"{folder}/corpus", settings["corpus_utterances"],
+                                   settings["eval_utterances"], settings["data_seed"], n_process, progress)
     rows, rejects = read_manifest(manifest)
     splits = {split: [row for row in rows if row["split"] == split] for split in SPLITS}
     if not splits["train"]:
@@ -224,7 +230,8 @@ def prepare(settings, root="data", n_process=None):
     if not os.path.exists(f"{folder}/tokenizer"):
         fit_on(splits["train"], settings, folder)
     if not os.path.exists(f"{folder}/text.model"):
-        write_file(f"{folder}/text.model", train_text_model([row["text"] for row in splits["train"]], settings))
+        texts = [row["text"] for row in splits["train"]]
+        write_file(f"{folder}/text.model", train_text_model(texts, settings))
     speakers = {name: i for i, name in enumerate(sorted({row["speaker"] for row in rows}))}
     names, jobs = {}, []
     for split, part in splits.items():
@@ -234,7 +241,8 @@ def prepare(settings, root="data", n_process=None):
                 chunk = part[i * UTTERANCES_PER_SHARD:(i + 1) * UTTERANCES_PER_SHARD]
                 jobs.append((folder, name, chunk, speakers, settings["max_audio_s"]))
     with multiprocessing.get_context("spawn").Pool(min(n_process, len(jobs) or 1), _one_thread) as pool:
-        for _ in tqdm(pool.imap_unordered(make_shard, jobs), "tokenizing", len(jobs), unit="shard", mininterval=1):
+        done = pool.imap_unordered(make_shard, jobs)
+        for _ in tqdm(done, "tokenizing", len(jobs), unit="shard", mininterval=1):
             pass
     return finish(folder, settings, names, rejects, speakers)
 
@@ -251,15 +259,16 @@ def finish(folder, settings, names, rejects, speakers):
                          "hours": sum(meta["frames"] for meta in metas) / tokenizer.frame_hz / 3600}
         print(f"{split}: {counts[split]['utterances']} utterances, {counts[split]['hours']:.2f} hours")
     if not counts["train"]["utterances"]:
-        raise ValueError(f"no training utterance is usable: {rejects[0][1]} (and {len(rejects) - 1} more rejects)")
+        raise ValueError(f"no training utterance is usable: {rejects[0][1]} "
+                         f"(and {len(rejects) - 1} more rejects)")
     write_file(f"{folder}/rejects.tsv", "".join(f"{name}\t{reason}\n" for name, reason in rejects))
     print(f"{len(speakers)} speakers, {text_model.vocab_size()} text tokens; {len(rejects)} rejects"
           + (f", listed in {folder}/rejects.tsv" if rejects else ""))
-    sizes = {"n_semantic": tokenizer.n_semantic, "n_acoustic": tokenizer.n_acoustic, "n_level": tokenizer.n_level,
-             "n_text": text_model.vocab_size()}
+    sizes = {"n_semantic": tokenizer.n_semantic, "n_acoustic": tokenizer.n_acoustic,
+             "n_level": tokenizer.n_level, "n_text": text_model.vocab_size()}
     write_file(f"{folder}/dataset.json", json.dumps(
-        {"version": VERSION, "settings": settings, "sizes": sizes, "frame_hz": tokenizer.frame_hz, "splits": counts,
-         "rejects": len(rejects), "speakers": list(speakers)}, indent=1))
+        {"version": VERSION, "settings": settings, "sizes": sizes, "frame_hz": tokenizer.frame_hz,
+         "splits": counts, "rejects": len(rejects), "speakers": list(speakers)}, indent=1))
     return folder
 
 
@@ -273,7 +282,10 @@ def parse_settings(arguments):
         elif name not in SETTINGS or not argument.startswith("--"):
             raise ValueError(f"unknown setting {argument!r}; there are: {', '.join(SETTINGS)}, data_dir")
         else:
-            settings[name] = type(SETTINGS[name])(value)
+            try:
+                settings[name] = type(SETTINGS[name])(value)
+            except ValueError:
+                raise ValueError(f"{name} takes {type(SETTINGS[name]).__name__}, not {value!r}") from None
     return settings, root
 
 

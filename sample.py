@@ -5,8 +5,9 @@ Tenth file of the reading order.
   python sample.py out/numbers tts "seven three five" --prompt voice.wav --out x.wav
   python sample.py out/numbers continue a.wav --out x.wav
   python sample.py out/numbers text "seven three"
-Decoding follows the released models (ESPnet-SpeechLM, arXiv 2502.15218): the marker of the wanted modality is given,
-each stream may only choose its own ids, and after the end token N-1 more steps bring in the delayed acoustic tokens.
+Decoding follows the released models (ESPnet-SpeechLM, arXiv 2502.15218): the marker of the wanted modality is
+given, each stream may only choose its own ids, and after the end token N-1 more steps bring in the delayed
+acoustic tokens.
 """
 import argparse
 import os
@@ -17,14 +18,24 @@ import soundfile
 import torch
 
 from data import prompt_frames
-from interleave import EOS, PAD, SPEECH, TEXT, delay, generation_prefix, speech_codes, speech_frames, text_frames
+from interleave import (
+    EOS,
+    PAD,
+    SPEECH,
+    TEXT,
+    delay,
+    generation_prefix,
+    speech_codes,
+    speech_frames,
+    text_frames,
+)
 from model import KVCache
 from parallel import load_model
 from tokenize_audio import Tokenizer, load_audio
 
 
 def pick(logits, temperature, top_k, generator=None):
-    """One id of each row: logits (..., C) -> (...). The best where temperature is 0; else the top k, then softmax."""
+    """One id of each row: logits (..., C) -> (...). The best at temperature 0, else a draw of the top k."""
     if temperature == 0:
         return logits.argmax(-1)
     best, ids = logits.topk(min(top_k, logits.shape[-1]))                   # (..., k)
@@ -33,12 +44,12 @@ def pick(logits, temperature, top_k, generator=None):
 
 
 @torch.no_grad()
-def generate(model, vocab, prefixes, modality, max_frames, min_frames=1, temperature=0.0, acoustic_temperature=0.0,
-             top_k=30, generator=None):
+def generate(model, vocab, prefixes, modality, max_frames, min_frames=1, temperature=0.0,
+             acoustic_temperature=0.0, top_k=30, generator=None):
     """Go on from aligned prefixes [(T_i, N)] -> [(frames (L, N), ended)]: the new aligned frames without eos.
 
     A step predicts the delayed row t: stream n's entry belongs to frame t - n. It is one of three things:
-        frame t - n < prefix   known already (pads after a marker; acoustic tokens still due when speech is continued)
+        frame t - n < prefix   known already (pads after a marker; acoustic tokens still due)
         frame t - n >= eos     pad
         else                   sampled, by the mask of its stream
     ended: whether eos came by itself, within max_frames.
@@ -56,20 +67,22 @@ def generate(model, vocab, prefixes, modality, max_frames, min_frames=1, tempera
     rows, streams = torch.arange(B, device=device), torch.arange(N, device=device)
     hidden = hidden[rows, known - 1]                                                        # (B, D)
 
-    own = torch.arange(*(vocab.streams[0] if modality == SPEECH else (vocab.text_start, vocab.size)), device=device)
+    own = vocab.streams[0] if modality == SPEECH else (vocab.text_start, vocab.size)
+    own = torch.arange(*own, device=device)
     allowed = torch.cat([torch.tensor([EOS], device=device), own])                          # of stream 0
     starts = torch.tensor([start for start, _ in vocab.streams], device=device)
     drain = N - 1 if modality == SPEECH else 0
     eos = known + max_frames                                                                # where eos stands
     for step in range(max_frames + drain):
-        t = known + step                                                                    # (B,) the row to predict
+        t = known + step                                                    # (B,) the row to predict
         row = torch.full((B, N), PAD, device=device)
         logits = model.logits(hidden, 0, allowed)
         if step < min_frames:
             logits[:, 0] = -torch.inf
         row[:, 0] = allowed[pick(logits, temperature, top_k, generator)]
         if modality == SPEECH and N > 1:
-            row[:, 1:] = pick(model.acoustic_logits(hidden), acoustic_temperature, top_k, generator) + starts[1:]
+            codes = pick(model.acoustic_logits(hidden), acoustic_temperature, top_k, generator)     # (B, N-1)
+            row[:, 1:] = codes + starts[1:]
         eos = torch.where((row[:, 0] == EOS) & (t < eos), t, eos)
         frame = t[:, None] - streams                                                        # (B, N)
         given = frame < known[:, None]
@@ -106,11 +119,12 @@ class Speaker:
         return text_frames(self.vocab, self.text_model.encode(text))
 
     def transcribe(self, codes, batch=50):
-        """Recognition, greedy: [codes (T, N)] -> [text]. The text may be as long as the speech has frames, / 4."""
+        """Recognition, greedy: [codes (T, N)] -> [text], of at most T / 4 + 8 tokens."""
         order, texts = sorted(range(len(codes)), key=lambda i: len(codes[i])), [""] * len(codes)
         for start in range(0, len(order), batch):
             part = order[start:start + batch]
-            prefixes = [generation_prefix(self.vocab, "asr", {"speech": speech_frames(self.vocab, codes[i])}) for i in part]
+            speech = [speech_frames(self.vocab, codes[i]) for i in part]
+            prefixes = [generation_prefix(self.vocab, "asr", {"speech": frames}) for frames in speech]
             limit = max(len(codes[i]) for i in part) // 4 + 8
             for i, (frames, _) in zip(part, generate(self.model, self.vocab, prefixes, TEXT, limit)):
                 texts[i] = self.text(frames)
@@ -125,7 +139,8 @@ class Speaker:
                 entries = {"text": self.ids(text)}
                 if prompt is not None:
                     entries["prompt"] = prompt_frames(self.vocab, prompt[:c.prompt_len], c.prompt_len)
-                prefixes.append(generation_prefix(self.vocab, "plain_tts" if prompt is None else "tts", entries))
+                task = "plain_tts" if prompt is None else "tts"
+                prefixes.append(generation_prefix(self.vocab, task, entries))
             results += generate(self.model, self.vocab, prefixes, SPEECH, self.max_speech(), 3, c.temperature,
                                 c.acoustic_temperature, c.top_k, generator)
         return [(speech_codes(self.vocab, frames), ended) for frames, ended in results]
@@ -134,26 +149,28 @@ class Speaker:
         """codes (T, N) -> (the new codes (L, N), ended)."""
         prefix = generation_prefix(self.vocab, "speech", {"speech": speech_frames(self.vocab, codes)})
         c = self.config
-        [(frames, ended)] = generate(self.model, self.vocab, [prefix], SPEECH, self.max_speech(), 1, c.temperature,
-                                     c.acoustic_temperature, c.top_k, generator)
+        [(frames, ended)] = generate(self.model, self.vocab, [prefix], SPEECH, self.max_speech(), 1,
+                                     c.temperature, c.acoustic_temperature, c.top_k, generator)
         return speech_codes(self.vocab, frames), ended
 
     def continue_text(self, text, max_tokens=50, generator=None):
         prefix = generation_prefix(self.vocab, "text", {"text": self.ids(text)})
-        [(frames, _)] = generate(self.model, self.vocab, [prefix], TEXT, max_tokens, 0, self.config.temperature,
-                                 0, self.config.top_k, generator)
+        c = self.config
+        [(frames, _)] = generate(self.model, self.vocab, [prefix], TEXT, max_tokens, 0, c.temperature, 0,
+                                 c.top_k, generator)
         return f"{text} {self.text(frames)}".strip()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=__doc__.split("reading order.")[1],
+    about, examples = __doc__.split("\n")[0], __doc__.split("reading order.")[1]
+    parser = argparse.ArgumentParser(description=about, epilog=examples,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="folder of a run or of a checkpoint")
     parser.add_argument("task", choices=["asr", "tts", "continue", "text"])
     parser.add_argument("input", nargs="+", help="audio files, or the text")
     parser.add_argument("--prompt", help="tts: a recording of the voice to speak in, a second or more")
     parser.add_argument("--out", default="out.wav", help="tts, continue: the wav to write")
-    parser.add_argument("--temperature", type=float, help="of text and semantic tokens (default: the run's setting)")
+    parser.add_argument("--temperature", type=float, help="of text and semantic tokens (default: the run's)")
     parser.add_argument("--acoustic_temperature", type=float, help="of the acoustic tokens")
     parser.add_argument("--top_k", type=int)
     parser.add_argument("--seed", type=int, default=0)
@@ -163,7 +180,7 @@ def main():
         if getattr(args, name) is not None:
             setattr(speaker.config, name, getattr(args, name))
     generator = torch.Generator().manual_seed(args.seed)
-    read = lambda path: speaker.tokenizer.encode(load_audio(path))      # noqa: E731
+    read = lambda path: speaker.tokenizer.encode(load_audio(path))
     if args.task == "asr":
         for text in speaker.transcribe([read(path) for path in args.input]):
             print(text)
@@ -179,7 +196,7 @@ def main():
             codes = torch.cat([torch.from_numpy(given), new])
         soundfile.write(args.out, speaker.tokenizer.decode(codes), Tokenizer.sample_rate)
         print(f"{args.out}: {len(codes) / speaker.tokenizer.frame_hz:.2f} s, "
-              + ("ended by itself" if ended else f"cut at {speaker.config.max_speech_s:g} s: no end token came"))
+              + ("ended by itself" if ended else f"cut after {speaker.config.max_speech_s:g} s, no end came"))
 
 
 if __name__ == "__main__":

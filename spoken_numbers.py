@@ -1,8 +1,8 @@
 """Spoken numbers: the corpus that any machine makes by itself, our Shakespeare-char.
 
-A helper of prepare.py, which calls `make_corpus`. The voices are espeak-ng's, from the PyPI wheel `espeakng-loader`:
-a formant synthesizer, so nothing is downloaded and an hour of speech takes seconds. Two kinds of phrases: digit
-strings ("seven three five") and cardinals ("two hundred and six").
+A helper of prepare.py, which calls `make_corpus`. The voices are espeak-ng's, from the PyPI wheel
+`espeakng-loader`: a formant synthesizer, so nothing is downloaded and an hour of speech takes seconds.
+Two kinds of phrases: digit strings ("seven three five") and cardinals ("two hundred and six").
 """
 import csv
 import ctypes
@@ -18,8 +18,9 @@ import soxr
 SAMPLE_RATE = 16000
 
 # Voice variants that Whisper-base reads without error; the held-out ones are never heard in training.
-VARIANTS = ("Annie AnxiousAndy Gene Mario Michael Reed adam antonio belinda benjamin ed edward f1 f2 f3 f5 grandma "
-            "grandpa klatt klatt2 klatt3 klatt5 klatt6 linda m2 m3 m4 m6 m7 m8 max michel robert steph2 victor zac").split()
+VARIANTS = ("Annie AnxiousAndy Gene Mario Michael Reed adam antonio belinda benjamin ed edward f1 f2 f3 f5 "
+            "grandma grandpa klatt klatt2 klatt3 klatt5 klatt6 linda m2 m3 m4 m6 m7 m8 max michel robert "
+            "steph2 victor zac").split()
 HELD_OUT = "f4 m5 klatt4 Mike anika david steph3 paul".split()
 ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-us-nyc")
 N_TRAIN_SPEAKER = 48
@@ -29,7 +30,7 @@ UTTERANCES_PER_SHARD = 500
 def speakers():
     """{name: (espeak voice, pitch 0-99, words per minute)} of the 48 training and the 8 held-out speakers."""
     table = {}
-    for i in range(N_TRAIN_SPEAKER):        # 36 variants; the first 12 speak twice, with another accent, pitch and rate
+    for i in range(N_TRAIN_SPEAKER):    # 36 variants; the first 12 come twice: another accent, pitch and rate
         voice = f"{ACCENTS[(i + i // len(VARIANTS)) % 4]}+{VARIANTS[i % len(VARIANTS)]}"
         table[f"train{i:02d}"] = (voice, 35 + 7 * i % 31, 150 + 11 * i % 41)
     for i, variant in enumerate(HELD_OUT):
@@ -39,8 +40,8 @@ def speakers():
 
 # ---- phrases -----------------------------------------------------------------------------------------------
 
-ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-        "seventeen eighteen nineteen").split()
+ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+        "sixteen seventeen eighteen nineteen").split()
 TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
@@ -48,7 +49,8 @@ def cardinal(n):
     """0 <= n < 10000 in words: 206 -> 'two hundred and six'."""
     if n >= 1000:
         rest = n % 1000
-        return f"{ONES[n // 1000]} thousand" + (f" {'and ' if rest < 100 else ''}{cardinal(rest)}" if rest else "")
+        return f"{ONES[n // 1000]} thousand" + (
+            f" {'and ' if rest < 100 else ''}{cardinal(rest)}" if rest else "")
     if n >= 100:
         return f"{ONES[n // 100]} hundred" + (f" and {cardinal(n % 100)}" if n % 100 else "")
     if n >= 20:
@@ -62,13 +64,13 @@ def digits(string):
 
 
 def is_evaluation_text(text):
-    """One long phrase in eight belongs to evaluation alone: disjoint from training by construction, for any seed."""
+    """One long phrase in eight is for evaluation alone: apart from training by construction, for any seed."""
     return len(text.split()) >= 3 and zlib.crc32(text.encode()) % 8 == 0
 
 
 def draw_phrase(rng, evaluation):
-    """One phrase of its side of the split. Evaluation: digit strings of 3 to 7 or cardinals below 10,000, evenly.
-    Training also has the short ones (strings of 1 and 2 digits, small cardinals): on them the words are learned."""
+    """A phrase of its side of the split. Evaluation: strings of 3 to 7 digits or cardinals below 10,000,
+    evenly. Training also has short ones (1 and 2 digits, small cardinals): on them the words are learned."""
     while True:
         if rng.random() < 0.5:
             n_digit = rng.integers(3, 8) if evaluation else rng.integers(1, 8)
@@ -101,7 +103,8 @@ class Espeak:
                 self.chunks.append(np.ctypeslib.as_array(samples, (n,)).copy())
             return 0                                # 0 = go on
 
-        callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+        callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int,
+                                    ctypes.c_void_p)
         self.callback = callback(collect)           # kept: ctypes does not hold a reference
         self.lib.espeak_SetSynthCallback(self.callback)
 
@@ -129,25 +132,27 @@ def trim_and_level(wav, sr, margin_s=0.06, rms=0.08):
 # ---- corpus ------------------------------------------------------------------------------------------------
 
 def plan_corpus(n_utterance, n_eval, seed):
-    """Every utterance as (id, text, speaker, split): train, seen (new texts, known voices), unseen (new voices too)."""
+    """All utterances (id, text, speaker, split): train, seen (new texts), unseen (new texts, new voices)."""
     rng = np.random.default_rng(seed)
     names = list(speakers())
     train_names, new_names = names[:N_TRAIN_SPEAKER], names[N_TRAIN_SPEAKER:]
     plan = [(f"train{i:06d}", draw_phrase(rng, False), train_names[i % N_TRAIN_SPEAKER], "train")
             for i in range(n_utterance)]
     for split, voices in (("seen", train_names), ("unseen", new_names)):
-        plan += [(f"{split}{i:04d}", draw_phrase(rng, True), voices[i % len(voices)], split) for i in range(n_eval)]
+        plan += [(f"{split}{i:04d}", draw_phrase(rng, True), voices[i % len(voices)], split)
+                 for i in range(n_eval)]
     return plan
 
 
 def synthesise_shard(folder, shard, n_utterance, n_eval, seed):
     """Speak one shard of the plan into folder/wav and write its manifest part, last, under its final name.
 
-    espeak-ng keeps state between calls: only the same sequence of calls in a fresh process gives the same samples.
-    So a shard is always a process of its own, and an interrupted one is spoken again from its start.
+    espeak-ng keeps state between calls: only the same sequence of calls in a fresh process gives the same
+    samples. So a shard is always a process of its own, and an interrupted one is spoken again from its start.
     """
     espeak, table = Espeak(), speakers()
-    plan = plan_corpus(n_utterance, n_eval, seed)[shard * UTTERANCES_PER_SHARD:(shard + 1) * UTTERANCES_PER_SHARD]
+    start = shard * UTTERANCES_PER_SHARD
+    plan = plan_corpus(n_utterance, n_eval, seed)[start:start + UTTERANCES_PER_SHARD]
     os.makedirs(f"{folder}/wav/{shard:03d}", exist_ok=True)
     rows = []
     for name, text, speaker, split in plan:
@@ -164,7 +169,7 @@ def synthesise_shard(folder, shard, n_utterance, n_eval, seed):
 def make_corpus(folder, n_utterance, n_eval, seed, n_process, progress):
     """Speak the whole corpus: folder/wav/*/*.wav and folder/manifest.tsv (id, audio, text, speaker, split).
 
-    Resumes at the first missing shard. progress: called with (done, total) shards. Returns the manifest's path.
+    Resumes at the first missing shard. progress: called with (done, total) shards. Returns the manifest path.
     """
     os.makedirs(folder, exist_ok=True)
     total = -(-(n_utterance + 2 * n_eval) // UTTERANCES_PER_SHARD)
@@ -174,13 +179,15 @@ def make_corpus(folder, n_utterance, n_eval, seed, n_process, progress):
     while waiting or running:
         while waiting and len(running) < n_process:
             i = waiting.pop(0)
-            code = f"import spoken_numbers as s; s.synthesise_shard({folder!r}, {i}, {n_utterance}, {n_eval}, {seed})"
+            code = ("import spoken_numbers as s; "
+                    f"s.synthesise_shard({folder!r}, {i}, {n_utterance}, {n_eval}, {seed})")
             here = os.path.dirname(os.path.abspath(__file__))
             running[i] = subprocess.Popen([sys.executable, "-c", code], cwd=os.getcwd(),
                                           env={**os.environ, "PYTHONPATH": here})
         i, process = next(iter(running.items()))
         if process.wait() != 0:
-            raise RuntimeError(f"speaking shard {i} failed with exit code {process.returncode}; its error is above")
+            raise RuntimeError(f"speaking shard {i} failed with exit code {process.returncode}; "
+                               "its error is above")
         del running[i]
         progress(total - len(waiting) - len(running), total)
     with open(f"{folder}/manifest.tmp", "w") as out:

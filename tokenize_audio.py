@@ -1,7 +1,7 @@
 """Audio to tokens and back: wav -> (T, N) codes at 50 Hz -> wav.
 
-Third file of the reading order; it imports nothing of ours. The built-in tokenizer below is fitted on a corpus in
-seconds and needs no pretrained weights. It mirrors the two kinds of tokens of OpusLM (arXiv 2506.17611, section 2):
+Third file of the reading order; it imports nothing of ours. The tokenizer below is fitted on a corpus in
+seconds, without pretrained weights, and has the two kinds of tokens of OpusLM (arXiv 2506.17611, section 2):
   semantic   what is said: k-means clusters of features from which the speaker has been removed
   acoustic   how it sounds: residual vector quantisation of the log-mel spectrum, 8 levels, coarse to fine
 Hear what the tokens keep:  python tokenize_audio.py out/numbers/tokenizer in.wav out.wav
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.numpy import load_file, save_file
 
 SAMPLE_RATE, HOP, WINDOW, N_MEL = 16000, 320, 1024, 80     # a hop of 20 ms: 50 frames a second
-MEL_FLOOR = 0.02        # added before the log; 1e-4 spends codes on inaudible detail and triples the WER after decoding
+MEL_FLOOR = 0.02        # added before the log; 1e-4 codes inaudible detail and triples the WER after decoding
 CONTEXT = 3             # semantic features see 3 frames to each side
 NORM_FRAMES = 30        # an utterance's mean and spread count against this many frames of the corpus average
 SEMANTIC_DIM = 24
@@ -26,7 +26,7 @@ VERSION = 1
 
 
 def load_audio(path):
-    """Any file that soundfile reads, any rate and channels -> mono float32 (n,) at 16 kHz. ValueError says what is wrong."""
+    """Audio file of any rate and channels -> mono float32 (n,) at 16 kHz. ValueError says what is wrong."""
     if not os.path.exists(path):
         raise ValueError(f"{path}: no such file")
     try:
@@ -37,11 +37,12 @@ def load_audio(path):
 
 
 def to_mono_16k(wav, sr, name="audio"):
-    """wav (n,) or (n, channels) at sr Hz -> (m,) float32 at 16 kHz. ValueError for empty, too short or non-finite."""
+    """wav (n,) or (n, channels) at sr Hz -> (m,) float32 at 16 kHz. ValueError if too short or non-finite."""
     wav = np.asarray(wav, dtype=np.float32)
     wav = wav.mean(1) if wav.ndim == 2 else wav
     if len(wav) < sr * WINDOW / SAMPLE_RATE:
-        raise ValueError(f"{name}: {len(wav)} samples at {sr} Hz, we need at least {WINDOW / SAMPLE_RATE * 1000:.0f} ms")
+        raise ValueError(f"{name}: {len(wav)} samples at {sr} Hz, "
+                         f"we need at least {WINDOW / SAMPLE_RATE * 1000:.0f} ms")
     if not np.isfinite(wav).all():
         raise ValueError(f"{name}: has samples that are not finite numbers")
     return wav if sr == SAMPLE_RATE else soxr.resample(wav, sr, SAMPLE_RATE)
@@ -89,7 +90,7 @@ def log_mel(wav):
 
 
 def cepstra(mel):
-    """Log-mel (T, N_MEL) -> (T, 20): the first 20 coefficients of its cosine transform, the spectrum's envelope."""
+    """Log-mel (T, N_MEL) -> (T, 20): first coefficients of its cosine transform, the spectrum's envelope."""
     angle = np.pi / N_MEL * (np.arange(N_MEL) + 0.5)[:, None] * np.arange(20)
     return mel @ torch.from_numpy(np.cos(angle) * (2 / N_MEL) ** 0.5).float()
 
@@ -97,21 +98,21 @@ def cepstra(mel):
 def contextual(mel, mean, std):
     """Speaker-normalised cepstra with their neighbours: (T, N_MEL) -> (T, (2 CONTEXT + 1) * 20).
 
-    Normalising by the utterance removes most of the voice and the channel. Short utterances have a poor estimate of
-    their own mean and std (20,), so we mix in the corpus's as if it were NORM_FRAMES further frames.
+    Normalising by the utterance removes most of the voice and the channel. Short utterances have a poor
+    estimate of their own mean and std (20,), so we mix in the corpus's as if it were NORM_FRAMES more frames.
     """
     x = cepstra(mel)
     share = len(x) / (len(x) + NORM_FRAMES)
     own = share * x.mean(0) + (1 - share) * mean
     spread = (share * (x - own).pow(2).mean(0) + (1 - share) * std ** 2).sqrt()
-    x = F.pad(((x - own) / spread).T[None], (CONTEXT, CONTEXT), mode="replicate")[0]      # (20, T + 2 CONTEXT)
-    return x.unfold(1, 2 * CONTEXT + 1, 1).permute(1, 2, 0).flatten(1)                    # (T, 7 * 20)
+    x = F.pad(((x - own) / spread).T[None], (CONTEXT, CONTEXT), mode="replicate")[0]    # (20, T + 2 CONTEXT)
+    return x.unfold(1, 2 * CONTEXT + 1, 1).permute(1, 2, 0).flatten(1)                  # (T, 7 * 20)
 
 
 # ---- fitting -----------------------------------------------------------------------------------------------
 
 def distances(x, centroids):
-    """Squared distances (T, K) of x (T, C) to centroids (K, C), less the squared length of x, the same for every k."""
+    """Squared distances (T, K) of x (T, C) to centroids (K, C), less |x|^2, which is the same for every k."""
     return torch.addmm(centroids.pow(2).sum(1), x, centroids.T, alpha=-2)
 
 
@@ -123,7 +124,8 @@ def nearest(x, centroids):
 def kmeans(x, n_cluster, generator, n_iter=12):
     """x (M, C) -> centroids (K, C) by Lloyd's algorithm; a cluster that dies restarts at a random point."""
     if len(x) < n_cluster:
-        raise ValueError(f"{len(x)} frames can't make {n_cluster} clusters: use more audio or a smaller codebook")
+        raise ValueError(f"{len(x)} frames can't make {n_cluster} clusters: "
+                         "use more audio or a smaller codebook")
     centroids = x[torch.randperm(len(x), generator=generator)[:n_cluster]].clone()
     for _ in range(n_iter):
         label = nearest(x, centroids)                                       # (M,)
@@ -148,15 +150,15 @@ def align(a, b):
     while i > 0 and j > 0:
         path.append((i - 1, j - 1))
         i, j = min(((i - 1, j - 1), (i - 1, j), (i, j - 1)), key=lambda ij: total[ij])
-    left, right = np.array(path).T
+    left, right = np.array(path[::-1]).T
     return torch.from_numpy(left.copy()), torch.from_numpy(right.copy())
 
 
 def discriminant(x, nuisance, n_dim):
-    """Linear discriminant analysis without labels: directions in which speech varies much and speakers little.
+    """Linear discriminant analysis without labels: directions where speech varies much and speakers little.
 
-    x (M, C): features.  nuisance (L, C): differences of aligned frames of the same words by two speakers, whose
-    covariance plays the part of the within-class one. Returns (C, n_dim), scaled so that nuisance has unit spread.
+    x (M, C): features.  nuisance (L, C): differences of aligned frames of the same words by two speakers,
+    whose covariance stands for the within-class one. Returns (C, n_dim), scaled to unit nuisance spread.
     """
     within = torch.cov(nuisance.T) / 2 + 1e-3 * torch.eye(x.shape[1])
     low = torch.linalg.inv(torch.linalg.cholesky(within))                   # whitens the nuisance
@@ -174,8 +176,8 @@ def same_text_pairs(texts, speakers, limit, rng):
     return [pairs[k] for k in rng.permutation(len(pairs))[:limit]]
 
 
-def fit_tokenizer(wavs, texts, speakers, n_semantic=256, n_acoustic=256, n_level=8, switch_penalty=60.0, seed=0,
-                  say=print):
+def fit_tokenizer(wavs, texts, speakers, n_semantic=256, n_acoustic=256, n_level=8, switch_penalty=60.0,
+                  seed=0, say=print):
     """Fit the built-in tokenizer on utterances of a corpus. wavs: list of (n,) at 16 kHz -> Tokenizer."""
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     mels = [log_mel(wav) for wav in wavs]
@@ -185,13 +187,15 @@ def fit_tokenizer(wavs, texts, speakers, n_semantic=256, n_acoustic=256, n_level
     x = torch.cat(features)                                                 # (M, C)
     pairs = same_text_pairs(texts, speakers, 150, rng)
     if len(pairs) >= 20:
-        matches = [(features[i][a], features[j][b]) for i, j in pairs for a, b in [align(features[i], features[j])]]
+        matches = [(features[i][a], features[j][b]) for i, j in pairs
+                   for a, b in [align(features[i], features[j])]]
         projection = discriminant(x, torch.cat([a - b for a, b in matches]), SEMANTIC_DIM)
         say(f"semantic features: discriminant analysis on {len(pairs)} pairs of one text by two speakers")
     else:
         values, vectors = torch.linalg.eigh(torch.cov(x.T))
         projection = (vectors * values.clamp_min(1e-6).rsqrt())[:, -SEMANTIC_DIM:].flip(1)
-        say(f"semantic features: principal components (only {len(pairs)} texts are spoken by two speakers, 20 needed)")
+        say(f"semantic features: principal components (only {len(pairs)} texts are spoken by two speakers, "
+            "20 needed)")
     projected = x @ projection
     semantic = kmeans(projected, n_semantic, generator)
     residual, levels = mel, []
@@ -209,14 +213,14 @@ class Tokenizer:
     sample_rate, frame_hz = SAMPLE_RATE, SAMPLE_RATE / HOP
 
     def __init__(self, arrays, switch_penalty):
-        """arrays: mean (20,), std (20,), projection (C, 24), semantic (K, 24), acoustic (levels, K, N_MEL)."""
+        """arrays: mean and std (20,), projection (C, 24), semantic (K, 24), acoustic (levels, K, N_MEL)."""
         self.arrays = {name: array.contiguous() for name, array in arrays.items()}
         self.switch_penalty = switch_penalty
         self.n_semantic = len(arrays["semantic"])
         self.n_level, self.n_acoustic = arrays["acoustic"].shape[:2]
 
     def encode(self, wav, sr=SAMPLE_RATE):
-        """wav (n,) or (n, channels) at sr Hz -> codes (T, N) int16: semantic, then the acoustic levels; T = ceil(n/HOP)."""
+        """wav (n,) or (n, channels) at sr Hz -> codes (T, N) int16, semantic ones first; T = ceil(n/HOP)."""
         mel = log_mel(to_mono_16k(wav, sr))
         a = self.arrays
         cost = distances(contextual(mel, a["mean"], a["std"]) @ a["projection"], a["semantic"])
@@ -228,7 +232,7 @@ class Tokenizer:
         return np.stack(codes, 1).astype(np.int16)                          # (T, N)
 
     def decode(self, codes, n_iter=32):
-        """codes (T, N) -> wav (T * HOP,) float32 at 16 kHz. Only the acoustic streams sound; semantic ones are skipped."""
+        """codes (T, N) -> wav (T * HOP,) float32 at 16 kHz. Semantic codes are skipped: they do not sound."""
         codes = torch.as_tensor(np.asarray(codes), dtype=torch.long)
         if len(codes) == 0:
             return np.zeros(0, np.float32)
@@ -238,7 +242,8 @@ class Tokenizer:
 
     def save(self, folder):
         os.makedirs(folder, exist_ok=True)
-        save_file({name: array.numpy() for name, array in self.arrays.items()}, f"{folder}/tokenizer.safetensors")
+        arrays = {name: array.numpy() for name, array in self.arrays.items()}
+        save_file(arrays, f"{folder}/tokenizer.safetensors")
         with open(f"{folder}/tokenizer.json", "w") as f:
             json.dump({"kind": "builtin", "version": VERSION, "switch_penalty": self.switch_penalty}, f)
 
@@ -249,7 +254,8 @@ class Tokenizer:
         with open(f"{folder}/tokenizer.json") as f:
             meta = json.load(f)
         if meta["version"] != VERSION:
-            raise ValueError(f"{folder}: tokenizer version {meta['version']}, we read {VERSION}: run prepare.py again")
+            raise ValueError(f"{folder}: tokenizer version {meta['version']}, we read {VERSION}: "
+                             "run prepare.py again")
         arrays = load_file(f"{folder}/tokenizer.safetensors")
         return cls({name: torch.from_numpy(array) for name, array in arrays.items()}, meta["switch_penalty"])
 
@@ -257,8 +263,8 @@ class Tokenizer:
 def smooth_path(cost, penalty):
     """The cheapest sequence of clusters when every change costs `penalty`: cost (T, K) -> labels (T,).
 
-    Viterbi's algorithm with one transition cost. Plain nearest-cluster labels flicker at 80 % of the frames, which a
-    language model can only learn as noise; with a penalty they change about as often as the sounds do.
+    Viterbi's algorithm with one transition cost. Plain nearest-cluster labels flicker at 80 % of the frames,
+    which a language model can only learn as noise; with a penalty they change about as often as sounds do.
     """
     T, K = cost.shape
     total, stay, best = cost[0], np.empty((T, K), bool), np.empty(T, np.int64)
@@ -275,10 +281,10 @@ def smooth_path(cost, penalty):
 
 
 def griffin_lim(mel, n_iter):
-    """Floored log-mel (T, N_MEL) -> wav (T * HOP,), phases found by alternating projections (fast Griffin-Lim)."""
+    """Floored log-mel (T, N_MEL) -> wav (T * HOP,), phases by alternating projections (fast Griffin-Lim)."""
     target = (mel.exp() - MEL_FLOOR).clamp_min(1e-5)                        # (T, N_MEL) magnitudes
     linear = (target @ torch.linalg.pinv(MEL).T).clamp_min(1e-6)            # (T, bins)
-    for _ in range(8):      # multiplicative updates keep it positive while it comes to match the mel magnitudes
+    for _ in range(8):      # multiplicative updates keep it positive while it comes to match the magnitudes
         linear = linear * ((target @ MEL) / (linear @ MEL.T @ MEL).clamp_min(1e-8))
     phase = torch.rand(linear.shape, generator=torch.Generator().manual_seed(0)) * 2 * torch.pi
     spectrum, previous = torch.polar(linear, phase), torch.zeros_like(linear, dtype=torch.complex64)

@@ -1,10 +1,10 @@
 """Train: the one loop.
 
 Eighth file of the reading order.
-  python train.py configs/numbers.py                       the whole main job on a CPU: prepare, train, evaluate
-  python train.py configs/numbers.py --max_steps=20 --out_dir=/some/dir --corpus_utterances=200 --eval_utterances=8
+  python train.py configs/numbers.py                       the whole main job: prepare, train, evaluate
+  python train.py configs/numbers.py --max_steps=20 --out_dir=out/try --corpus_utterances=200
   python train.py configs/numbers.py --resume              go on from the newest checkpoint
-  torchrun --nproc_per_node=2 train.py configs/numbers.py  only the training, on data that is already prepared
+  torchrun --nproc_per_node=2 train.py configs/numbers.py  only the training, on data already prepared
 The schedule is the paper's warmup-decay (arXiv 2506.17611, section 3): warm up, hold, decay linearly.
 """
 import json
@@ -24,8 +24,18 @@ from config import load_config, save_config
 from data import Dataset, Loader
 from model import batch_loss, mean_losses
 from muon import Muon
-from parallel import (checkpoints, compute_dtype, load_optimizers, load_weights, make_model, read_state, save_checkpoint,
-                      start_workers, sum_gradients, total)
+from parallel import (
+    checkpoints,
+    compute_dtype,
+    load_optimizers,
+    load_weights,
+    make_model,
+    read_state,
+    save_checkpoint,
+    start_workers,
+    sum_gradients,
+    total,
+)
 
 
 def learning_rate(config, step):
@@ -39,15 +49,19 @@ def make_optimizers(config, model, dtype):
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2] if config.muon_lr > 0 else []
     inside = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in inside]
-    adamw = torch.optim.AdamW(others, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
-    return [adamw] + ([Muon(matrices, config.muon_lr, weight_decay=config.weight_decay, dtype=dtype)] if matrices else [])
+    betas, decay = (config.beta1, config.beta2), config.weight_decay
+    optimizers = [torch.optim.AdamW(others, config.lr, betas, weight_decay=decay, fused=True)]
+    if matrices:
+        optimizers.append(Muon(matrices, config.muon_lr, 0.95, config.muon_iterations, decay, dtype))
+    return optimizers
 
 
 def make_loader(config, dataset, step=0):
-    """The Loader of the phase that a step falls in: its mixture may change once, at mixture_switch of the run."""
+    """The Loader of the phase that a step falls in: the mixture may change once, at mixture_switch."""
     late = config.mixture_end and step >= config.mixture_switch * config.max_steps
-    return Loader(dataset, config.mixture_end if late else config.mixture, config.batch_rows, config.row_frames,
-                  config.prompt_len, config.seed, config.special_weight, config.loss_region)
+    mixture = config.mixture_end if late else config.mixture
+    return Loader(dataset, mixture, config.batch_rows, config.row_frames, config.prompt_len, config.seed,
+                  config.special_weight, config.loss_region)
 
 
 @torch.no_grad()
@@ -61,11 +75,12 @@ def held_out_losses(model, loader, config, rank, world, n_batch=4):
 
 
 def train(config, folder, resume=False):
-    """Train on the prepared data in `folder`, from scratch or from the newest checkpoint in config.out_dir."""
+    """Train on the prepared data in `folder`, from scratch or from the newest checkpoint in out_dir."""
     rank, world, device = start_workers()
     say = print if rank == 0 else (lambda *_, **__: None)
     if config.batch_rows % (world * config.grad_accum):
-        raise ValueError(f"batch_rows={config.batch_rows} can't be shared by {world} workers x grad_accum={config.grad_accum}")
+        raise ValueError(f"batch_rows={config.batch_rows} can't be shared by {world} workers "
+                         f"x grad_accum={config.grad_accum}")
     dataset = Dataset(folder, "train", verify=rank == 0)
     held_out = make_loader(config, Dataset(folder, "seen")) if config.eval_every else None
     dtype = compute_dtype(config.dtype, device)
@@ -82,16 +97,16 @@ def train(config, folder, resume=False):
         step, frames, seconds = state["step"], state["frames"], state["seconds"]
         say(f"resuming {found[-1]}")
     elif found:
-        raise ValueError(f"{config.out_dir} holds a run already: add --resume, choose another --out_dir, or delete it")
+        raise ValueError(occupied(config.out_dir))
     if rank == 0:
         save_config(config, f"{config.out_dir}/config.json")
         shutil.copytree(f"{folder}/tokenizer", f"{config.out_dir}/tokenizer", dirs_exist_ok=True)
         shutil.copy(f"{folder}/text.model", config.out_dir)         # the run's folder is enough for sample.py
         log = trimmed_log(f"{config.out_dir}/out.jsonl", step)
-    say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {world} worker(s) on {device.type}, "
-        f"activations {str(dtype)[6:]}, {config.batch_rows} rows of {config.row_frames} frames a step", flush=True)
-
     params = list(model.parameters())
+    say(f"{sum(p.numel() for p in params) / 1e6:.2f}M parameters, {world} worker(s) on {device.type}, "
+        f"activations {str(dtype)[6:]}, {config.batch_rows} rows of {config.row_frames} frames a step")
+
     loader, began, paused = None, time.time(), 0.0
     first_seconds = seconds
     bar = tqdm(total=config.max_steps, initial=step, unit="step", mininterval=2, disable=rank > 0)
@@ -103,7 +118,7 @@ def train(config, folder, resume=False):
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
 
-        rows = range(rank, config.batch_rows, world)            # this worker's share, whatever the number of workers
+        rows = range(rank, config.batch_rows, world)            # this worker's share of the global batch
         n = len(rows) // config.grad_accum
         sums, n_frame, n_target = None, 0, 0
         for micro in range(config.grad_accum):
@@ -111,7 +126,7 @@ def train(config, folder, resume=False):
             loss, part = batch_loss(model, batch, config.softmax)
             loss.backward()
             sums = part if sums is None else [a + b for a, b in zip(sums, part)]
-            n_frame += sum(sum(lengths) for lengths in batch.lengths)
+            n_frame += batch.n_frame
             n_target += int((batch.weight[..., 0] > 0).sum())
         *sums, n_frame, n_target = total(sums + [n_frame, n_target])
         sum_gradients(params)
@@ -128,23 +143,30 @@ def train(config, folder, resume=False):
         if step % config.log_every == 0 or step == config.max_steps:
             row = {"step": step, **mean_losses(sums), "lr": factor * config.lr, "grad_norm": norm,
                    "frames_per_second": frames / seconds, "seconds": seconds}
-            bar.set_postfix_str(" ".join(f"{k}={row[k]:.2f}" for k in ("text", "semantic", "acoustic1", "acoustic8") if k in row))
+            shown = [name for name in ("text", "semantic", "acoustic1", "acoustic8") if name in row]
+            bar.set_postfix_str(" ".join(f"{name}={row[name]:.2f}" for name in shown))
         else:
             row = None
         pause = time.time()
         if held_out and (step % config.eval_every == 0 or step == config.max_steps):
-            row = (row or {"step": step}) | {"held_out": held_out_losses(model, held_out, config, rank, world)}
+            losses = held_out_losses(model, held_out, config, rank, world)
+            row = (row or {"step": step}) | {"held_out": losses}
         if rank == 0 and row:
             log.write(json.dumps(row) + "\n")
             log.flush()
         if rank == 0 and (step % config.save_every == 0 or step == config.max_steps):
             state = {"frames": frames, "seconds": seconds, "data": os.path.abspath(folder)}
-            save_checkpoint(config.out_dir, step, config, dataset.vocab, model, optimizers, state, config.keep_last)
+            save_checkpoint(config, dataset.vocab, model, optimizers, step, state)
         paused += time.time() - pause
     bar.close()
-    say(f"trained {step} steps, {frames / 1e6:.2f}M frames in {seconds:.0f} s: {frames / max(seconds, 1e-9):.0f} frames/s")
+    speed = frames / max(seconds, 1e-9)
+    say(f"trained {step} steps, {frames / 1e6:.2f}M frames in {seconds:.0f} s: {speed:.0f} frames/s")
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def occupied(out_dir):
+    return f"{out_dir} holds a run already: add --resume, choose another --out_dir, or delete it"
 
 
 def trimmed_log(path, step):
@@ -161,7 +183,7 @@ def trimmed_log(path, step):
 # ---- the whole job: prepare, train, evaluate, each in processes of its own ---------------------------------
 
 def memory_of_family(root):
-    """Memory in MB of a process and its descendants now, pages that they share counted once (PSS); None off Linux."""
+    """Memory in MB of a process and its descendants now, shared pages counted once (PSS); None off Linux."""
     parents, family, kb = {}, {root}, 0
     try:
         for name in filter(str.isdigit, os.listdir("/proc")):
@@ -186,7 +208,7 @@ def memory_of_family(root):
 
 
 def run_step(name, command, peak):
-    """Run one stage as a process; note the most memory we saw in peak[0]. Returns its seconds; exits if it failed."""
+    """Run one stage as a process -> its seconds; the most memory seen goes to peak[0]. Exits on failure."""
     began, done = time.time(), threading.Event()
 
     def watch():
@@ -216,19 +238,20 @@ def whole_job(config, arguments, settings):
     while config.batch_rows % (workers * config.grad_accum) and not config.workers:
         workers -= 1
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={workers}"]
-    run_step("training", (launch if workers > 1 else [sys.executable]) + [f"{here}/train.py", "--worker", *arguments], peak)
+    launch = launch if workers > 1 else [sys.executable]
+    seconds["train"] = run_step("training", [*launch, f"{here}/train.py", "--worker", *arguments], peak)
     seconds["eval"] = run_step("eval.py", [sys.executable, f"{here}/eval.py", config.out_dir], peak)
 
     out = config.out_dir
     with open(f"{out}/results.json") as f:
         results = json.load(f)
     results["peak_memory_mb"], results["seconds"] = peak[0] or None, results["seconds"] | seconds
-    for name in ("results", "run"):
-        with open(f"{out}/{name}.json", "w") as f:
-            json.dump(results if name == "results" else {k: results[k] for k in ("seconds", "peak_memory_mb")}, f, indent=1)
+    measured = {name: results[name] for name in ("seconds", "peak_memory_mb")}      # for later eval.py runs
+    for name, content in (("results", results), ("run", measured)):
+        prepare.write_file(f"{out}/{name}.json", json.dumps(content, indent=1))
     voice = Dataset(folder, "unseen" if results["asr"]["unseen"]["n"] else "seen").info["audio"][0]
     print(f"""
-prepare {seconds['prepare']:.0f} s, train {results['seconds']['train']:.0f} s, evaluate {seconds['eval']:.0f} s, """
+prepare {seconds['prepare']:.0f} s, train {seconds['train']:.0f} s, evaluate {seconds['eval']:.0f} s; """
           f"""{results['frames_per_second']:.0f} frames/s, peak memory {peak[0]:.0f} MB
 {out}/results.json    the figures above          {out}/curves.png    losses over the run
 {out}/wavs            spoken by the model (.model.wav) beside the originals after tokenizing (.original.wav)
@@ -246,11 +269,11 @@ def main(arguments):
     if worker:
         folder = prepare.data_folder(config.data_dir, settings)
         if not prepare.is_prepared(folder):
-            raise ValueError(f"the data of this configuration, {folder}, are not there yet: run prepare.py first")
+            raise ValueError(f"{folder}, the data of this configuration, is not there: run prepare.py first")
         train(config, folder, resume)
     else:
         if checkpoints(config.out_dir) and not resume:
-            raise ValueError(f"{config.out_dir} holds a run already: add --resume, choose another --out_dir, or delete it")
+            raise ValueError(occupied(config.out_dir))
         whole_job(config, arguments, settings)
 
 

@@ -10,10 +10,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
-import prepare                                              # noqa: E402
-from interleave import Vocab, speech_frames, text_frames    # noqa: E402
+import prepare  # noqa: E402
+from interleave import Vocab, speech_frames, text_frames  # noqa: E402
 
-TINY = dict(prepare.SETTINGS, corpus_utterances=150, eval_utterances=6, n_semantic=16, n_acoustic=16, fit_utterances=60)
+TINY = dict(prepare.SETTINGS, corpus_utterances=150, eval_utterances=6, n_semantic=16, n_acoustic=16,
+            fit_utterances=60)
 TINY_MODEL = dict(n_layer=2, d_model=32, n_head=2, n_kv_head=1, d_ff=64)
 
 
@@ -33,7 +34,8 @@ def toy_example(toy):
     """entries(n_frame, n_text, seed) -> random speech, prompt and text frames in the toy vocabulary."""
     def entries(n_frame=7, n_text=3, seed=0):
         g = torch.Generator().manual_seed(seed)
-        codes = torch.stack([torch.randint(end - start, (n_frame + 4,), generator=g) for start, end in toy.streams], 1)
+        codes = torch.stack([torch.randint(end - start, (n_frame + 4,), generator=g)
+                             for start, end in toy.streams], 1)
         return {"speech": speech_frames(toy, codes[:n_frame]), "prompt": speech_frames(toy, codes[n_frame:]),
                 "text": text_frames(toy, torch.randint(toy.n_text, (n_text,), generator=g))}
     return entries
@@ -53,6 +55,17 @@ def tiny_data(data_root):
 @pytest.fixture(scope="session")
 def tiny_flags(data_root, tiny_data):
     """Command-line flags of a config that uses tiny_data and a tiny model."""
-    flags = {name: TINY[name] for name in ("corpus_utterances", "eval_utterances", "n_semantic", "n_acoustic", "fit_utterances")}
+    names = ("corpus_utterances", "eval_utterances", "n_semantic", "n_acoustic", "fit_utterances")
+    flags = {name: TINY[name] for name in names}
     flags |= TINY_MODEL | {"data_dir": data_root, "row_frames": 512, "prompt_len": 20}
     return [f"--{name}={value}" for name, value in flags.items()]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_data, tiny_flags, tmp_path_factory):
+    """The folder of a run of three steps: its model has learned nothing, but everything is in its place."""
+    from config import load_config
+    from train import train
+    out = str(tmp_path_factory.mktemp("run"))
+    train(load_config([*tiny_flags, f"--out_dir={out}", "--max_steps=3", "--max_speech_s=0.6"]), tiny_data)
+    return out

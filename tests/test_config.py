@@ -1,4 +1,4 @@
-"""Claim: a setting is known and of its type, or the error names the closest; files and flags stack, flags win."""
+"""Claim: a setting is known and of its type, or the error names the closest; flags stack on files and win."""
 import pytest
 from conftest import ROOT
 
@@ -16,8 +16,9 @@ def test_flags_win_over_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("flag, message", [
-    ("--max_step=3", "did you mean 'max_steps'"), ("--lr=fast", "takes float, not str"), ("--max_steps=1.5", "takes int"),
-    ("--mixture=[1]", "takes dict"), ("--max_steps", "write --max_steps=value"), ("configs/none.py", "no config file")])
+    ("--max_step=3", "did you mean 'max_steps'"), ("--lr=fast", "takes float, not str"),
+    ("--max_steps=1.5", "takes int"), ("--mixture=[1]", "takes dict"),
+    ("--max_steps", "write --max_steps=value"), ("configs/none.py", "no config file")])
 def test_wrong_settings_name_the_way_out(flag, message):
     with pytest.raises(ValueError, match=message):
         load_config([flag])
@@ -27,4 +28,5 @@ def test_every_config_file_is_valid_and_prepare_shares_our_names():
     for path in (ROOT / "configs").glob("*.py"):
         load_config([str(path)])
     for name, default in prepare.SETTINGS.items():
-        assert check(name, default) == getattr(Config(), name), f"{name} differs between prepare.SETTINGS and Config"
+        ours = getattr(Config(), name)
+        assert check(name, default) == ours, f"{name} differs between prepare.SETTINGS and Config"

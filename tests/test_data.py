@@ -1,4 +1,4 @@
-"""Claim: a batch is a pure function of (seed, step), is nearly full, and its prompts come from other utterances."""
+"""Claim: a batch is a pure function of (seed, step), nearly full, and its prompts are other utterances."""
 import numpy as np
 import pytest
 import torch
@@ -26,7 +26,8 @@ def test_order_depends_on_seed_and_step_alone(loader, tiny_data):
 
 def test_workers_shares_make_up_the_global_batch(loader):
     whole, shares = loader.batch(5), [loader.batch(5, range(rank, 4, 2)) for rank in range(2)]
-    assert torch.equal(whole.tokens[[0, 2]], shares[0].tokens) and torch.equal(whole.tokens[[1, 3]], shares[1].tokens)
+    assert torch.equal(whole.tokens[[0, 2]], shares[0].tokens)
+    assert torch.equal(whole.tokens[[1, 3]], shares[1].tokens)
 
 
 def test_rows_are_nearly_full_and_keep_documents_apart(loader):
@@ -45,8 +46,10 @@ def test_rows_are_nearly_full_and_keep_documents_apart(loader):
                 last = batch.targets[row, start + length - 1]
                 assert (batch.weight[row, start + length - 1] > 0).equal(last > 0)
                 start += length
-        used.append((batch.weight > 0).any(-1).float().mean() / (1 - batch.tokens.eq(0).all(-1).float().mean()))
-    plans = [sum(loader.length(task, i) for row in loader.plan(step) for task, i, _ in row) for step in range(20)]
+        filled = 1 - batch.tokens.eq(0).all(-1).float().mean()
+        used.append((batch.weight > 0).any(-1).float().mean() / filled)
+    plans = [sum(loader.length(task, i) for row in loader.plan(step) for task, i, _ in row)
+             for step in range(20)]
     assert np.mean(plans) > 0.9 * 4 * 768
     assert loader.dropped < 0.05 * sum(len(row) for step in range(20) for row in loader.plan(step))
 

@@ -1,4 +1,4 @@
-"""Claim: error rates are counted as the field counts them, and Whisper's spelling does not decide a verdict."""
+"""Claim: error rates are counted as the field counts them, and Whisper's spelling decides no verdict."""
 import random
 
 import pytest
@@ -16,7 +16,8 @@ def test_word_error_rate_agrees_with_jiwer():
 
 def test_the_cap_keeps_one_endless_answer_from_standing_for_all():
     references, hypotheses = ["one two", "three four"], ["one two", "four " * 200]
-    assert word_error_rate(references, hypotheses) > 1000 and word_error_rate(references, hypotheses, cap=True) == 50
+    assert word_error_rate(references, hypotheses) > 1000
+    assert word_error_rate(references, hypotheses, cap=True) == 50
 
 
 @pytest.mark.parametrize("heard, reference, words", [

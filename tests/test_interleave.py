@@ -2,8 +2,24 @@
 import pytest
 import torch
 
-from interleave import (EOS, PAD, SPECIAL, SPEECH, TASKS, TEXT, Vocab, build_sequence, delay, generation_prefix,
-                        speech_codes, speech_frames, task_length, text_frames, training_example, undelay)
+from interleave import (
+    EOS,
+    PAD,
+    SPECIAL,
+    SPEECH,
+    TASKS,
+    TEXT,
+    Vocab,
+    build_sequence,
+    delay,
+    generation_prefix,
+    speech_codes,
+    speech_frames,
+    task_length,
+    text_frames,
+    training_example,
+    undelay,
+)
 
 
 @pytest.mark.parametrize("N", range(1, 10))
@@ -12,8 +28,9 @@ def test_undelay_inverts_delay_with_the_tail(N):
     tokens[5:] = PAD                        # the N-1 pad frames that every segment ends with
     delayed = delay(tokens)
     assert torch.equal(undelay(delayed), tokens)
-    assert sorted(delayed.flatten().tolist()) == sorted(tokens.flatten().tolist()), "nothing is lost, nothing invented"
-    assert all(delayed[t, n] == (tokens[t - n, n] if t >= n else PAD) for t in range(len(tokens)) for n in range(N))
+    assert sorted(delayed.flatten().tolist()) == sorted(tokens.flatten().tolist()), "nothing lost or invented"
+    assert all(delayed[t, n] == (tokens[t - n, n] if t >= n else PAD)
+               for t in range(len(tokens)) for n in range(N))
 
 
 def test_the_delay_of_the_picture():

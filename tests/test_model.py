@@ -1,4 +1,4 @@
-"""Claim: each logit sees exactly what it may, packing and caching change nothing, and the loss is ESPnet's."""
+"""Claim: each logit sees exactly what it may, packing and caching change nothing, the loss is ESPnet's."""
 import json
 
 import pytest
@@ -49,7 +49,8 @@ def test_attention_by_document_is_sdpa_with_a_block_diagonal_mask():
     packed = attend_documents(q, k, v, lengths)
     torch.testing.assert_close(packed, dense)
     weight = torch.randn(15, 4, 8, generator=g)
-    for a, b in zip(torch.autograd.grad((packed * weight).sum(), (q, k, v)), torch.autograd.grad((dense * weight).sum(), (q, k, v))):
+    gradients = (torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (packed, dense))
+    for a, b in zip(*gradients):
         torch.testing.assert_close(a, b)
 
 
@@ -57,7 +58,7 @@ def test_cached_steps_are_the_full_forward_also_for_ragged_prompts(toy, toy_exam
     long, short = (training_example(toy, "asr", toy_example(n, 3), toy.weights())[0] for n in (9, 4))
     full = [model(tokens, [len(tokens)]) for tokens in (long, short)]
     start = torch.tensor([10, 6])                                           # frames of each prompt
-    batch = torch.stack([long[:10], torch.cat([short[:6], long[:4]])])      # the short one is filled up with anything
+    batch = torch.stack([long[:10], torch.cat([short[:6], long[:4]])])      # the short one, filled up
     cache = KVCache(model.config, 2, len(long))
     hidden = model.extend(batch, cache, torch.zeros(2, dtype=torch.long))
     torch.testing.assert_close(hidden[0], full[0][:10])
@@ -72,7 +73,7 @@ def test_cached_steps_are_the_full_forward_also_for_ragged_prompts(toy, toy_exam
 
 
 def naive_losses(model, hidden, targets, weight, modality, scope, vocab):
-    """The loss as a reader would first write it: all logits of all streams, forbidden ones at minus infinity."""
+    """The loss as a reader would first write it: all logits of all streams, minus infinity if forbidden."""
     S, N = targets.shape
     losses = torch.zeros(S, N)
     for n in range(N):
@@ -80,7 +81,8 @@ def naive_losses(model, hidden, targets, weight, modality, scope, vocab):
         for s in range(S):
             allowed = torch.zeros(vocab.size, dtype=torch.bool)
             if n > 0:
-                start, end = vocab.streams[n] if scope == "grammar" else (vocab.streams[1][0], vocab.streams[-1][1])
+                start, end = vocab.streams[n] if scope == "grammar" else (
+                    vocab.streams[1][0], vocab.streams[-1][1])
                 allowed[start:end] = True
             elif scope == "original":
                 allowed[:] = True
@@ -115,20 +117,26 @@ def test_losses_and_gradients_are_those_of_espnets_own_code():
     if not folder:
         pytest.skip("no golden vectors here")
     from safetensors.torch import load_file
-    golden, about = load_file(folder / "golden/espnet_llama.safetensors"), json.load(open(folder / "golden/espnet_llama.json"))
+    golden = load_file(folder / "golden/espnet_llama.safetensors")
+    about = json.load(open(folder / "golden/espnet_llama.json"))
     body, codec, size = about["body"], about["token_bias"]["codec"][0], about["codec_size"]
-    streams = [tuple(about["token_bias"]["ssl"])] + [(codec + size * k, codec + size * (k + 1)) for k in range(8)]
+    streams = [tuple(about["token_bias"]["ssl"])]
+    streams += [(codec + size * k, codec + size * (k + 1)) for k in range(8)]
+    sizes = {k: body[k] for k in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "rope_theta")}
     model = Model(ModelConfig(len(golden["corelm.emb.weight"]), streams, norm_eps=body["rms_norm_eps"],
-                              **{k: body[k] for k in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "rope_theta")}))
-    names = {"emb": "emb.weight", "lm_head": "lm_head.weight", "head_emb": "head_emb.weight", "norm.weight": "decoders.model.norm.weight"}
+                              **sizes))
+    names = {"emb": "emb.weight", "lm_head": "lm_head.weight", "head_emb": "head_emb.weight",
+             "norm.weight": "decoders.model.norm.weight"}
     for name, _ in model.named_parameters():
         if name.startswith("blocks."):
             _, i, rest = name.split(".", 2)
-            rest = rest.replace("attn_norm", "input_layernorm").replace("mlp_norm", "post_attention_layernorm")
-            place = "" if "layernorm" in rest else "mlp." if rest.split("_")[0] in ("gate", "up", "down") else "self_attn."
+            rest = rest.replace("attn_norm", "input_layernorm")
+            rest = rest.replace("mlp_norm", "post_attention_layernorm")
+            part = "mlp." if rest.split("_")[0] in ("gate", "up", "down") else "self_attn."
+            place = "" if "layernorm" in rest else part
             names[name] = f"decoders.model.layers.{i}.{place}{rest}"
-    model.load_state_dict({name: golden["corelm." + names[name]][:9] if name == "head_emb" else golden["corelm." + names[name]]
-                           for name in names})
+    state = {name: golden["corelm." + names[name]] for name in names}
+    model.load_state_dict(state | {"head_emb": state["head_emb"][:9]})
     delayed, targets = golden["delayed"].long(), golden["targets"].long()
     B, T, N = targets.shape
     weights = torch.zeros(model.config.vocab_size)
@@ -138,11 +146,13 @@ def test_losses_and_gradients_are_those_of_espnets_own_code():
     mask = golden["loss_mask"].bool().flatten(0, 1)
     weight = weights[targets].flatten(0, 1) * mask
     hidden = model(delayed[:, :-1].flatten(0, 1), [T] * B)
-    torch.testing.assert_close(hidden[:, None] + model.head_emb, golden["hidden"].flatten(0, 1), rtol=1e-3, atol=1e-4)
+    expected = golden["hidden"].flatten(0, 1)
+    torch.testing.assert_close(hidden[:, None] + model.head_emb, expected, rtol=1e-3, atol=1e-4)
     losses = model.token_losses(hidden, targets.flatten(0, 1), weight, torch.zeros(B * T), "original")
     loss = (losses * weight).sum() / (weight[:, 0] > 0).sum()
     torch.testing.assert_close(loss, golden["loss"][0], rtol=1e-4, atol=1e-5)
     loss.backward()
     for name, p in model.named_parameters():
         expected = golden["grad.corelm." + names[name]]
-        torch.testing.assert_close(p.grad, expected[:9] if name == "head_emb" else expected, rtol=2e-3, atol=1e-5)
+        expected = expected[:9] if name == "head_emb" else expected
+        torch.testing.assert_close(p.grad, expected, rtol=2e-3, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Claim: any corpus becomes complete shards or a clear message; nothing half-written is read, nothing bad is hidden."""
+"""Claim: a corpus becomes whole shards or a message; nothing half-written is read, nothing bad hidden."""
 import json
 import os
 
@@ -25,15 +25,17 @@ def test_evaluation_texts_and_voices_are_never_trained_on(seed):
     plan = plan_corpus(3000, 100, seed)
     texts = {split: {text for _, text, _, s in plan if s == split} for split in prepare.SPLITS}
     voices = {split: {voice for _, _, voice, s in plan if s == split} for split in prepare.SPLITS}
-    assert not texts["train"] & (texts["seen"] | texts["unseen"]) and not any(map(is_evaluation_text, texts["train"]))
+    assert not texts["train"] & (texts["seen"] | texts["unseen"])
+    assert not any(map(is_evaluation_text, texts["train"]))
     assert voices["seen"] <= voices["train"] and not voices["unseen"] & voices["train"]
     assert len(voices["train"]) == 48 and len(voices["unseen"]) == 8
     table = speakers()
-    assert not {table[v][0].split("+")[1] for v in voices["unseen"]} & {table[v][0].split("+")[1] for v in voices["train"]}
+    variants = {split: {table[v][0].split("+")[1] for v in voices[split]} for split in ("unseen", "train")}
+    assert not variants["unseen"] & variants["train"]
 
 
 def test_shards_hold_what_the_tokenizers_said(tiny_data):
-    """Round trip: an utterance read back from its shard has the codes and the text of its own audio and transcript."""
+    """An utterance read back from its shard has the codes and the text of its own audio and transcript."""
     dataset, tokenizer = Dataset(tiny_data, "train", verify=True), Tokenizer.load(f"{tiny_data}/tokenizer")
     assert len(dataset) == 150
     for i in (0, 77, 149):
@@ -50,12 +52,14 @@ def test_speech_is_reproducible_shard_by_shard(tiny_data, tmp_path):
     from spoken_numbers import make_corpus
     make_corpus(str(tmp_path), 150, 6, TINY["data_seed"], 1, lambda *_: None)
     for name in ("train000000", "train000149", "seen0003"):
-        again, first = (load_audio(f"{folder}/wav/000/{name}.wav") for folder in (tmp_path, f"{tiny_data}/corpus"))
+        again, first = (load_audio(f"{folder}/wav/000/{name}.wav")
+                        for folder in (tmp_path, f"{tiny_data}/corpus"))
         assert np.array_equal(again, first)
 
 
 def test_the_folder_is_named_by_what_shaped_it(tmp_path):
-    names = {prepare.data_folder("d", TINY | change) for change in ({}, {"corpus_utterances": 151}, {"switch_penalty": 61.0})}
+    changes = ({}, {"corpus_utterances": 151}, {"switch_penalty": 61.0})
+    names = {prepare.data_folder("d", TINY | change) for change in changes}
     assert len(names) == 3
     manifest = tmp_path / "m.tsv"
     manifest.write_text("id\taudio\ttext\tspeaker\n")
@@ -68,8 +72,10 @@ def test_the_folder_is_named_by_what_shaped_it(tmp_path):
 def messy_corpus(tmp_path, tiny_data):
     """A jsonl manifest with good utterances of two speakers and every kind of bad one."""
     good = Dataset(tiny_data, "train").info
-    rows = [{"id": f"g{i}", "audio": good["audio"][i], "text": good["text"][i], "speaker": "a"} for i in range(40)]
-    rows.append({"id": "lonely", "audio": good["audio"][50], "text": "one two", "speaker": "b", "split": "train"})
+    rows = [{"id": f"g{i}", "audio": good["audio"][i], "text": good["text"][i], "speaker": "a"}
+            for i in range(40)]
+    rows.append({"id": "lonely", "audio": good["audio"][50], "text": "one two", "speaker": "b",
+                 "split": "train"})
     soundfile.write(tmp_path / "silent.wav", np.zeros(16000), 16000)
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
     soundfile.write(tmp_path / "long.wav", np.random.default_rng(0).uniform(-0.1, 0.1, 16000 * 31), 16000)
@@ -89,8 +95,9 @@ def test_bad_utterances_are_counted_and_named(messy_corpus, tmp_path, capsys):
     settings = TINY | {"corpus": messy_corpus, "n_semantic": 8, "n_acoustic": 8, "text_model": "char"}
     folder = prepare.prepare(settings, str(tmp_path / "data"), n_process=1)
     rejects = dict(line.rstrip("\n").split("\t") for line in open(f"{folder}/rejects.tsv"))
-    expected = {"silent": "silent", "empty": "at least", "long": "longer than 30 s", "corrupt": "not readable",
-                "missing": "no such file", "notext": "empty text", "g0": "duplicate id"}
+    expected = {"silent": "silent", "empty": "at least", "long": "longer than 30 s",
+                "corrupt": "not readable", "missing": "no such file", "notext": "empty text",
+                "g0": "duplicate id"}
     assert set(rejects) == set(expected) and all(reason in rejects[name] for name, reason in expected.items())
     dataset = Dataset(folder, "train")
     assert {"lonely", "stereo8k"} <= set(dataset.info["id"])
@@ -101,7 +108,7 @@ def test_bad_utterances_are_counted_and_named(messy_corpus, tmp_path, capsys):
 
 
 def test_an_interrupted_preparation_goes_on(tiny_data, tmp_path):
-    """Without dataset.json the folder is not read; with one shard's json missing, just that shard is made again."""
+    """Without dataset.json the folder is not read; with one shard's json missing, that one is made again."""
     import shutil
     root = tmp_path / "data"
     folder = root / os.path.basename(tiny_data)
@@ -129,7 +136,8 @@ def test_a_damaged_shard_is_noticed(tiny_data, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (["--corpus=nowhere.tsv"], "neither 'numbers' nor a manifest"), (["--utterances=3"], "unknown setting"),
-    (["--text_model=syllable"], "not one of word"), (["--text_model=bpe"], "needs a size"), (["--n_level=many"], "takes int")])
+    (["--text_model=syllable"], "not one of word"), (["--text_model=bpe"], "needs a size"),
+    (["--n_level=many"], "takes int")])
 def test_wrong_settings_are_explained(flags, message, tiny_data, tmp_path):
     with pytest.raises(ValueError, match=message):
         settings, _ = prepare.parse_settings(flags)

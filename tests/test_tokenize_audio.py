@@ -1,11 +1,23 @@
-"""Claim: audio of any form becomes (T, 9) codes at 50 Hz and comes back recognisably; bad audio is named, not guessed."""
+"""Claim: audio of any form becomes (T, 9) codes at 50 Hz and comes back recognisably; bad audio is named."""
 import numpy as np
 import pytest
 import soundfile
 import torch
 
-from tokenize_audio import (HOP, Tokenizer, align, discriminant, fit_tokenizer, istft, load_audio, log_mel,
-                            same_text_pairs, smooth_path, stft, to_mono_16k)
+from tokenize_audio import (
+    HOP,
+    Tokenizer,
+    align,
+    discriminant,
+    fit_tokenizer,
+    istft,
+    load_audio,
+    log_mel,
+    same_text_pairs,
+    smooth_path,
+    stft,
+    to_mono_16k,
+)
 
 
 def speechlike(seed, n=16000):
@@ -14,14 +26,16 @@ def speechlike(seed, n=16000):
     t = np.arange(n) / 16000
     f0 = rng.uniform(90, 220)
     envelope = 0.5 + 0.5 * np.sin(2 * np.pi * rng.uniform(2, 5) * t)
-    wav = sum(np.sin(2 * np.pi * f0 * k * t) / k * (1 + np.sin(2 * np.pi * (1 + k % 4) * t)) for k in range(1, 20))
+    wav = sum(np.sin(2 * np.pi * f0 * k * t) / k * (1 + np.sin(2 * np.pi * (1 + k % 4) * t))
+              for k in range(1, 20))
     return (0.1 * envelope * wav / np.abs(wav).max() + 0.001 * rng.standard_normal(n)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     wavs = [speechlike(i) for i in range(24)]
-    return fit_tokenizer(wavs, [str(i) for i in range(24)], ["a"] * 24, n_semantic=12, n_acoustic=24, say=lambda *_: None)
+    return fit_tokenizer(wavs, [str(i) for i in range(24)], ["a"] * 24, n_semantic=12, n_acoustic=24,
+                         say=lambda *_: None)
 
 
 def test_codes_have_the_promised_shape_range_and_rate(tokenizer):
@@ -38,7 +52,8 @@ def test_decoding_keeps_the_spectrum_and_more_levels_keep_more(tokenizer):
     mel, codes = log_mel(wav), tokenizer.encode(wav)
     error = (log_mel(tokenizer.decode(codes)) - mel).pow(2).mean().sqrt()
     assert error < 0.5 * mel.std(), "decoded audio is closer to the original than its mean spectrum is"
-    partial = [sum(tokenizer.arrays["acoustic"][k][codes[:, k + 1].astype(int)] for k in range(n)) for n in (1, 4, 8)]
+    partial = [sum(tokenizer.arrays["acoustic"][k][codes[:, k + 1].astype(int)] for k in range(n))
+               for n in (1, 4, 8)]
     errors = [float((p - mel).pow(2).mean()) for p in partial]
     assert errors[0] > errors[1] > errors[2]
 
@@ -72,8 +87,9 @@ def test_resampling_does_not_alias():
     assert np.abs(to_mono_16k(tone, 48000)[200:-200]).max() < 1e-3
 
 
-@pytest.mark.parametrize("kind, message", [("empty", "at least 64 ms"), ("corrupt", "not readable"), ("missing", "no such file"),
-                                           ("nan", "not finite")])
+@pytest.mark.parametrize("kind, message", [
+    ("empty", "at least 64 ms"), ("corrupt", "not readable"), ("missing", "no such file"),
+    ("nan", "not finite")])
 def test_bad_audio_is_named(tmp_path, kind, message):
     path = tmp_path / f"{kind}.wav"
     if kind == "empty":
@@ -101,7 +117,7 @@ def test_a_switch_penalty_finds_the_cheapest_path():
 
 
 def test_alignment_and_discriminant_remove_what_differs_between_speakers():
-    """Feature 0 carries the sound, feature 1 the speaker: aligned pairs show it, the first direction ignores it."""
+    """Feature 0 is the sound, feature 1 the speaker: aligned pairs show it, direction 0 ignores it."""
     rng = np.random.default_rng(0)
     sound = torch.from_numpy(rng.standard_normal(40)).float()
     a = torch.stack([sound, torch.zeros(40)], 1)
@@ -115,5 +131,6 @@ def test_alignment_and_discriminant_remove_what_differs_between_speakers():
 
 
 def test_pairs_share_the_text_and_not_the_speaker():
-    pairs = same_text_pairs(["x", "y", "x", "x", "y"], ["1", "1", "2", "1", "1"], 10, np.random.default_rng(0))
+    rng = np.random.default_rng(0)
+    pairs = same_text_pairs(["x", "y", "x", "x", "y"], ["1", "1", "2", "1", "1"], 10, rng)
     assert len(pairs) <= 1 and all({i, j} <= {0, 2, 3} for i, j in pairs)

@@ -1,0 +1,50 @@
+"""Claim: every command of the README runs, here in small, or says that it needs something we don't have."""
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+from conftest import ROOT
+
+import prepare
+from data import Dataset
+
+ELSEWHERE = [       # .ci/run installs and tests; test_train.py runs 20 steps of the main command
+    "pip install -e . && python train.py configs/numbers.py", "pip install -e '.[test]' && pytest"]
+
+
+def commands():
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    lines = [line for block in blocks for line in block.splitlines() if line.strip()]
+    return [line for line in lines if line not in ELSEWHERE and not re.search("needs (data|GPU)", line)]
+
+
+def in_small(command, flags):
+    """The command as a list of words, with our Python and, later flags win, tiny settings."""
+    program, *words = shlex.split(command, comments=True)
+    launch = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}[program]
+    if "train.py" in words or "prepare.py" in words:
+        known = [*prepare.SETTINGS, "data_dir"]
+        flags = flags if "train.py" in words else [f for f in flags if f[2:].split("=")[0] in known]
+        words += [*flags] + ["--text_vocab=40"] * ("--text_model=bpe" in words)
+    return [sys.executable, *launch, *words]
+
+
+def test_every_command_runs(tiny_run, tiny_data, tiny_flags, tmp_path):
+    """In a folder where out/numbers is a tiny run, voice.wav a recording, and my/ holds a small corpus."""
+    shutil.copytree(tiny_run, tmp_path / "out/numbers")
+    info, fields = Dataset(tiny_data, "train").info, ("id", "audio", "text", "speaker")
+    shutil.copy(info["audio"][0], tmp_path / "voice.wav")
+    os.makedirs(tmp_path / "my")
+    rows = [fields, *([info[field][i] for field in fields] for i in range(120))]
+    (tmp_path / "my/manifest.tsv").write_text("\n".join("\t".join(row) for row in rows))
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for script in ROOT.glob("*.py"):
+        (tmp_path / script.name).symlink_to(script)
+    flags = [*tiny_flags, "--max_steps=4", "--tts_utterances=2", "--max_speech_s=0.5"]
+    for command in commands():
+        result = subprocess.run(in_small(command, flags), cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
+    assert len(commands()) >= 12
