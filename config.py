@@ -68,8 +68,8 @@ class Config:
     log_every: int = 10
     # evaluation
     tts_utterances: int = 100
-    temperature: float = 0.5        # of stream 0; 0 = greedy
-    acoustic_temperature: float = 0.5
+    temperature: float = 0.3        # of stream 0; 0 = greedy
+    acoustic_temperature: float = 0.7
     top_k: int = 30
     max_speech_s: float = 6.0       # speech is cut there if it does not end by itself
 
@@ -91,7 +91,7 @@ def check(name, value):
 
 def load_config(arguments):
     """['configs/numbers.py', '--name=value', ...] -> Config. Strings on the command line need no quotes."""
-    values = {}
+    values, flags = {}, {}
     for argument in arguments:
         if argument.startswith("--"):
             name, equals, text = argument[2:].partition("=")
@@ -103,13 +103,13 @@ def load_config(arguments):
                 value = text
             if any(f.name == name and f.type is str for f in dataclasses.fields(Config)):
                 value = text
-            values[name] = check(name, value)
+            flags[name] = check(name, value)
         else:
             if not os.path.isfile(argument):
                 raise ValueError(f"no config file {argument!r}")
             loaded = runpy.run_path(argument)
             values |= {n: check(n, v) for n, v in loaded.items() if not n.startswith("_")}
-    return Config(**values)
+    return Config(**values | flags)
 
 
 def save_config(config, path):

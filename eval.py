@@ -1,6 +1,6 @@
 """Evaluate: word error rates of recognition and synthesis, and teacher-forced perplexity per stream.
 
-Eleventh file of the reading order.
+Tenth file of the reading order.
   python eval.py out/numbers                    rewrites out/numbers/results.json, wavs and curves
   python eval.py out/numbers --whisper=DIR      also lets Whisper judge the speech (pip install -e '.[eval]')
 Everything is measured on texts that no training utterance has; "unseen" are voices that training never heard.

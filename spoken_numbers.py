@@ -156,7 +156,10 @@ def synthesise_shard(folder, shard, n_utterance, n_eval, seed):
     os.makedirs(f"{folder}/wav/{shard:03d}", exist_ok=True)
     rows = []
     for name, text, speaker, split in plan:
-        wav = soxr.resample(espeak.speak(text, *table[speaker]), espeak.sr, SAMPLE_RATE)
+        voice, pitch, rate = table[speaker]
+        mood = np.random.default_rng(zlib.crc32(name.encode()))     # nobody speaks twice in just the same way
+        pitch, rate = pitch + int(mood.integers(-6, 7)), rate + int(mood.integers(-12, 13))
+        wav = soxr.resample(espeak.speak(text, voice, pitch, rate), espeak.sr, SAMPLE_RATE)
         path = f"wav/{shard:03d}/{name}.wav"
         soundfile.write(f"{folder}/{path}", trim_and_level(wav, SAMPLE_RATE), SAMPLE_RATE, subtype="PCM_16")
         rows.append((name, path, text, speaker, split))

@@ -82,7 +82,8 @@ def train(config, folder, resume=False):
         raise ValueError(f"batch_rows={config.batch_rows} can't be shared by {world} workers "
                          f"x grad_accum={config.grad_accum}")
     dataset = Dataset(folder, "train", verify=rank == 0)
-    held_out = make_loader(config, Dataset(folder, "seen")) if config.eval_every else None
+    seen = Dataset(folder, "seen")
+    held_out = make_loader(config, seen) if config.eval_every and len(seen) else None
     dtype = compute_dtype(config.dtype, device)
     model = make_model(config, dataset.vocab, dtype).to(device)
     model.init_weights(torch.Generator(device).manual_seed(config.seed))
@@ -249,7 +250,8 @@ def whole_job(config, arguments, settings):
     measured = {name: results[name] for name in ("seconds", "peak_memory_mb")}      # for later eval.py runs
     for name, content in (("results", results), ("run", measured)):
         prepare.write_file(f"{out}/{name}.json", json.dumps(content, indent=1))
-    voice = Dataset(folder, "unseen" if results["asr"]["unseen"]["n"] else "seen").info["audio"][0]
+    voices = [Dataset(folder, split).info["audio"] for split in ("unseen", "seen", "train")]
+    voice = next(group[0] for group in voices if group)
     print(f"""
 prepare {seconds['prepare']:.0f} s, train {seconds['train']:.0f} s, evaluate {seconds['eval']:.0f} s; """
           f"""{results['frames_per_second']:.0f} frames/s, peak memory {peak[0]:.0f} MB

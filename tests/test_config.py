@@ -8,7 +8,7 @@ from config import Config, check, load_config, read_config, save_config
 
 def test_flags_win_over_the_file(tmp_path):
     (tmp_path / "c.py").write_text("_base = 100\nmax_steps = 5 * _base   # arithmetic is welcome\nlr = 1\n")
-    config = load_config([str(tmp_path / "c.py"), "--max_steps=7", "--out_dir=out/7", "--mixture={'asr': 1}"])
+    config = load_config(["--max_steps=7", str(tmp_path / "c.py"), "--out_dir=out/7", "--mixture={'asr': 1}"])
     assert (config.max_steps, config.lr, config.out_dir, config.mixture) == (7, 1.0, "out/7", {"asr": 1})
     assert type(config.lr) is float
     save_config(config, tmp_path / "config.json")
