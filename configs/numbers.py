@@ -16,6 +16,7 @@ loss_region = "target"      # in so few steps, the given (random texts, voice pr
 row_frames = 1024
 batch_rows = 2
 max_steps = 1700
+decay = 0.7
 mixture = {"asr": 1.0, "tts": 1.5, "speech": 0.1, "text": 0.1}
 mixture_end = {"asr": 1.0, "tts": 3.0, "speech": 0.1, "text": 0.1}     # recognition is learned first
 mixture_switch = 0.4
