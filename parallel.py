@@ -67,6 +67,9 @@ def compute_dtype(name, device):
 
 def make_model(config, vocab, dtype=torch.float32):
     """The Config's model for a Vocab, weights not initialised."""
+    if config.d_model % (2 * config.n_head) or config.n_head % config.n_kv_head:
+        raise ValueError(f"d_model={config.d_model} must be a multiple of 2 x n_head={config.n_head}, "
+                         f"and n_head of n_kv_head={config.n_kv_head}")
     names = [f.name for f in dataclasses.fields(ModelConfig)]
     shape = {name: getattr(config, name) for name in names if hasattr(config, name)}
     ids = {"vocab_size": vocab.size, "streams": vocab.streams, "n_special": N_SPECIAL}

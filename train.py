@@ -81,6 +81,8 @@ def train(config, folder, resume=False):
     if config.batch_rows % (world * config.grad_accum):
         raise ValueError(f"batch_rows={config.batch_rows} can't be shared by {world} workers "
                          f"x grad_accum={config.grad_accum}")
+    if config.softmax not in ("grammar", "original"):
+        raise ValueError(f"softmax is 'grammar' or 'original', not {config.softmax!r}")
     dataset = Dataset(folder, "train", verify=rank == 0)
     seen = Dataset(folder, "seen")
     held_out = make_loader(config, seen) if config.eval_every and len(seen) else None

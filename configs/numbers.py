@@ -12,14 +12,12 @@ n_acoustic = 64             # 64 codes a level sound nearly like 256 here, and l
 prompt_len = 40             # 0.8 s of the voice
 loss_region = "target"      # in so few steps, the given (random texts, voice prompts) is not worth learning
 
-# 2 rows x 1024 frames = 2,048 frames a step, x 1,700 steps = 3.5M frames
+# 2 rows x 1024 frames = 2,048 frames a step, x 1,650 steps = 3.4M frames, a few of them padding
 row_frames = 1024
 batch_rows = 2
-max_steps = 1700
+max_steps = 1650
 decay = 0.7
-mixture = {"asr": 1.0, "tts": 1.5, "speech": 0.1, "text": 0.1}
-mixture_end = {"asr": 1.0, "tts": 3.0, "speech": 0.1, "text": 0.1}     # recognition is learned first
-mixture_switch = 0.4
+mixture = {"asr": 1.0, "tts": 2.0, "speech": 0.05, "text": 0.05}
 lr = 0.01
 muon_lr = 0.01
 muon_iterations = 3

@@ -88,6 +88,8 @@ def test_the_command_line_speaks_and_listens(tiny_run, tiny_data, tmp_path):
     assert call("continue", voice, "--out", out).returncode == 0
     assert soundfile.info(out).duration > soundfile.info(voice).duration
     assert call("text", "seven three").stdout.startswith("seven three")
-    for arguments, message in ((("asr", "none.wav"), "no such file"), (("tts", " "), "the text is empty")):
+    for arguments, message in ((("tts", "one"), "without a voice prompt"),
+                               (("asr", "none.wav"), "no such file"),
+                               (("tts", " ", "--prompt", voice), "text is empty")):
         failed = call(*arguments)
         assert failed.returncode == 1 and message in failed.stderr and "Traceback" not in failed.stderr

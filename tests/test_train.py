@@ -101,6 +101,10 @@ def test_wrong_checkpoints_and_worker_numbers_are_explained(reference, tiny_data
     run(tiny_data, tiny_flags, out, "--max_steps=1")
     with pytest.raises(ValueError, match="another model"):
         run(tiny_data, tiny_flags, out, "--d_ff=96", resume=True)
+    for flag, message in (("--n_head=3", "multiple of 2 x n_head"), ("--softmax=all", "'grammar' or"),
+                          ("--dtype=float8", "auto, float32"), ("--mixture={'sing': 1}", "unknown task")):
+        with pytest.raises(ValueError, match=message):
+            run(tiny_data, tiny_flags, str(tmp_path / "b"), flag)
     with pytest.raises(ValueError, match="no checkpoint"):
         load_model(str(tmp_path))
 
