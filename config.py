@@ -31,8 +31,6 @@ class Config:
     max_audio_s: float = 30.0
     # sequences
     mixture: dict = field(default_factory=lambda: {"asr": 1.0, "tts": 1.0, "speech": 0.1, "text": 0.1})
-    mixture_end: dict = field(default_factory=dict)     # from mixture_switch on; empty = mixture all the time
-    mixture_switch: float = 1.0     # share of the steps after which mixture_end holds
     prompt_len: int = 50            # frames of the TTS voice prompt (500 in OpusLM)
     loss_region: str = "whole"      # whole (pre-training) or target (fine-tuning)
     special_weight: float = 1.0     # loss weight of markers, task tokens and eos (10 in the original recipes)

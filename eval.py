@@ -129,11 +129,12 @@ def pad_short(wav):
 
 @torch.no_grad()
 def perplexities(speaker, dataset, n_batch=4):
-    """exp of the mean teacher-forced loss of each kind of token in ASR and TTS sequences, where it is trained."""
+    """exp of the mean teacher-forced loss of each kind of token in ASR and TTS, where it is trained."""
     c = speaker.config
     if len(dataset) == 0:
         return None
-    loader = Loader(dataset, {"asr": 1, "tts": 1}, 2, c.row_frames, c.prompt_len, 0, loss_region=c.loss_region)
+    mixture = {"asr": 1, "tts": 1}
+    loader = Loader(dataset, mixture, 2, c.row_frames, c.prompt_len, 0, loss_region=c.loss_region)
     reports = [batch_loss(speaker.model, loader.batch(step), c.softmax)[1] for step in range(n_batch)]
     losses = mean_losses([sum(column) for column in zip(*reports)])
     return {name: math.exp(loss) for name, loss in losses.items()}

@@ -133,7 +133,7 @@ class Speaker:
     def synthesise(self, texts, prompts, generator=None, batch=50):
         """Speech synthesis: [text] and voice prompts [codes (T, N) or None] -> [(codes (L, N), ended)]."""
         results, c = [], self.config
-        if any(prompt is None for prompt in prompts) and not {**c.mixture, **c.mixture_end}.get("plain_tts"):
+        if any(prompt is None for prompt in prompts) and not c.mixture.get("plain_tts"):
             raise ValueError("this model has not learned to speak without a voice prompt (task plain_tts): "
                              "give one, --prompt voice.wav")
         for start in range(0, len(texts), batch):

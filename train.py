@@ -56,12 +56,10 @@ def make_optimizers(config, model, dtype):
     return optimizers
 
 
-def make_loader(config, dataset, step=0):
-    """The Loader of the phase that a step falls in: the mixture may change once, at mixture_switch."""
-    late = config.mixture_end and step >= config.mixture_switch * config.max_steps
-    mixture = config.mixture_end if late else config.mixture
-    return Loader(dataset, mixture, config.batch_rows, config.row_frames, config.prompt_len, config.seed,
-                  config.special_weight, config.loss_region)
+def make_loader(config, dataset):
+    c = config
+    return Loader(dataset, c.mixture, c.batch_rows, c.row_frames, c.prompt_len, c.seed, c.special_weight,
+                  c.loss_region)
 
 
 @torch.no_grad()
@@ -110,12 +108,10 @@ def train(config, folder, resume=False):
     say(f"{sum(p.numel() for p in params) / 1e6:.2f}M parameters, {world} worker(s) on {device.type}, "
         f"activations {str(dtype)[6:]}, {config.batch_rows} rows of {config.row_frames} frames a step")
 
-    loader, began, paused = None, time.time(), 0.0
-    first_seconds = seconds
+    loader, began, paused, first_seconds = make_loader(config, dataset), time.time(), 0.0, seconds
+    recent = None
     bar = tqdm(total=config.max_steps, initial=step, unit="step", mininterval=2, disable=rank > 0)
     while step < config.max_steps:
-        if loader is None or step == int(config.mixture_switch * config.max_steps):
-            loader = make_loader(config, dataset, step)
         factor = learning_rate(config, step)
         for optimizer, peak in zip(optimizers, (config.lr, config.muon_lr)):
             for group in optimizer.param_groups:
@@ -132,6 +128,7 @@ def train(config, folder, resume=False):
             n_frame += batch.n_frame
             n_target += int((batch.weight[..., 0] > 0).sum())
         *sums, n_frame, n_target = total(sums + [n_frame, n_target])
+        recent = sums if recent is None else [a + b for a, b in zip(recent, sums)]  # since the last log line
         sum_gradients(params)
         for p in params:
             p.grad /= n_target              # frames with a stream-0 target, over all workers and micro-steps
@@ -144,8 +141,9 @@ def train(config, folder, resume=False):
         bar.update()
 
         if step % config.log_every == 0 or step == config.max_steps:
-            row = {"step": step, **mean_losses(sums), "lr": factor * config.lr, "grad_norm": norm,
+            row = {"step": step, **mean_losses(recent), "lr": factor * config.lr, "grad_norm": norm,
                    "frames_per_second": frames / seconds, "seconds": seconds}
+            recent = None
             shown = [name for name in ("text", "semantic", "acoustic1", "acoustic8") if name in row]
             bar.set_postfix_str(" ".join(f"{name}={row[name]:.2f}" for name in shown))
         else:
