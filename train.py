@@ -72,16 +72,25 @@ def held_out_losses(model, loader, config, rank, world, n_batch=4):
     return mean_losses(total(sums))
 
 
-def train(config, folder, resume=False):
-    """Train on the prepared data in `folder`, from scratch or from the newest checkpoint in out_dir."""
-    rank, world, device = start_workers()
-    say = print if rank == 0 else (lambda *_, **__: None)
+def check(config, dataset, world):
+    """Whatever can be wrong with a run, found before its workers start; ValueError says what to change."""
     if config.batch_rows % (world * config.grad_accum):
         raise ValueError(f"batch_rows={config.batch_rows} can't be shared by {world} workers "
                          f"x grad_accum={config.grad_accum}")
     if config.softmax not in ("grammar", "original"):
         raise ValueError(f"softmax is 'grammar' or 'original', not {config.softmax!r}")
+    compute_dtype(config.dtype, torch.device("cpu"))
+    make_loader(config, dataset).plan(0)
+    with torch.device("meta"):
+        make_model(config, dataset.vocab)
+
+
+def train(config, folder, resume=False):
+    """Train on the prepared data in `folder`, from scratch or from the newest checkpoint in out_dir."""
+    rank, world, device = start_workers()
+    say = print if rank == 0 else (lambda *_, **__: None)
     dataset = Dataset(folder, "train", verify=rank == 0)
+    check(config, dataset, world)
     seen = Dataset(folder, "seen")
     held_out = make_loader(config, seen) if config.eval_every and len(seen) else None
     dtype = compute_dtype(config.dtype, device)
@@ -236,8 +245,9 @@ def whole_job(config, arguments, settings):
         flags = [f"--{name}={value}" for name, value in settings.items()] + [f"--data_dir={config.data_dir}"]
         seconds["prepare"] = run_step("prepare.py", [sys.executable, f"{here}/prepare.py", *flags], peak)
     workers = config.workers or torch.cuda.device_count() or min(os.cpu_count() or 1, config.batch_rows)
-    while config.batch_rows % (workers * config.grad_accum) and not config.workers:
+    while workers > 1 and config.batch_rows % (workers * config.grad_accum) and not config.workers:
         workers -= 1
+    check(config, Dataset(folder, "train"), workers)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={workers}"]
     launch = launch if workers > 1 else [sys.executable]
     seconds["train"] = run_step("training", [*launch, f"{here}/train.py", "--worker", *arguments], peak)

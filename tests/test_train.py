@@ -127,5 +127,7 @@ def test_the_main_command_in_small(tmp_path, tiny_data, tiny_flags):
     rows = [json.loads(line) for line in open(out / "out.jsonl")]
     losses = [row["semantic"] for row in rows if "semantic" in row]
     assert losses[-1] < 3.3 < losses[0], losses
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 1 and "add --resume" in again.stderr and "Traceback" not in again.stderr
+    for flag, message in (("--max_steps=20", "add --resume"), (f"--out_dir={out}2", "unknown task 'sing'")):
+        wrong = [*command, flag, "--mixture={'sing': 1}"]
+        again = subprocess.run(wrong, capture_output=True, text=True)
+        assert again.returncode == 1 and message in again.stderr and "Traceback" not in again.stderr
