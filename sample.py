@@ -127,7 +127,7 @@ class Speaker:
             prefixes = [generation_prefix(self.vocab, "asr", {"speech": frames}) for frames in speech]
             limit = max(len(codes[i]) for i in part) // 4 + 8
             for i, (frames, _) in zip(part, generate(self.model, self.vocab, prefixes, TEXT, limit)):
-                texts[i] = self.text(frames)
+                texts[i] = self.text(frames[:len(codes[i]) // 4 + 8])    # its own limit, not the batch's
         return texts
 
     def synthesise(self, texts, prompts, generator=None, batch=50):
