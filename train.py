@@ -172,6 +172,7 @@ def train(config, folder, resume=False):
     speed = frames / max(seconds, 1e-9)
     say(f"trained {step} steps, {frames / 1e6:.2f}M frames in {seconds:.0f} s: {speed:.0f} frames/s")
     if dist.is_initialized():
+        dist.barrier()              # nobody hangs up while another still talks
         dist.destroy_process_group()
 
 
@@ -283,6 +284,10 @@ def main(arguments):
         if not prepare.is_prepared(folder):
             raise ValueError(f"{folder}, the data of this configuration, is not there: run prepare.py first")
         train(config, folder, resume)
+        if "RANK" in os.environ:    # all is written: leave before the interpreter's teardown can trip over gloo's
+            sys.stdout.flush()      # threads ("terminate called without an active exception", now and then)
+            sys.stderr.flush()
+            os._exit(0)
     else:
         if checkpoints(config.out_dir) and not resume:
             raise ValueError(occupied(config.out_dir))
