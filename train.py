@@ -284,8 +284,8 @@ def main(arguments):
         if not prepare.is_prepared(folder):
             raise ValueError(f"{folder}, the data of this configuration, is not there: run prepare.py first")
         train(config, folder, resume)
-        if "RANK" in os.environ:    # all is written: leave before the interpreter's teardown can trip over gloo's
-            sys.stdout.flush()      # threads ("terminate called without an active exception", now and then)
+        if "RANK" in os.environ:    # all is written: leave before the interpreter's teardown, in which gloo's
+            sys.stdout.flush()      # threads abort now and then ("terminate called without ...")
             sys.stderr.flush()
             os._exit(0)
     else:
