@@ -71,7 +71,7 @@ def attend_documents(q, k, v, lengths):
 
     lengths: frames of each document, in order, summing to S. The H/G query heads that share a key-value head
     are stacked into rows of one matrix product, and no product reaches over a document's border: on a CPU
-    this is several times faster than scaled_dot_product_attention with a document mask, its tested reference.
+    that spares the products across documents; its tested reference is SDPA with a document mask.
     """
     S, H, E = q.shape
     G = k.shape[1]
