@@ -1,6 +1,6 @@
 """Configuration: one flat dataclass; a config file says what differs; --name=value on the command line wins.
 
-Sixth file of the reading order. A config file holds plain assignments and their arithmetic, nothing is
+Seventh file of the reading order. A config file holds plain assignments and their arithmetic, nothing is
 executed into anyone's globals, and a name or type that we don't know is an error that names the closest one.
 """
 import ast
@@ -26,16 +26,19 @@ class Config:
     n_level: int = 8
     switch_penalty: float = 60.0
     fit_utterances: int = 700
-    text_model: str = "word"
+    text_model: str = "word"        # bpe, unigram, char, an LLM's folder or hub id; base: init_from
     text_vocab: int = 0
     max_audio_s: float = 30.0
     # sequences
     mixture: dict = field(default_factory=lambda: {"asr": 1.0, "tts": 1.0, "speech": 0.1, "text": 0.1})
     prompt_len: int = 50            # frames of the TTS voice prompt (500 in OpusLM)
+    token_streams: str = "both"     # or semantic, acoustic: one half of the speech tokens (ablations)
     loss_region: str = "whole"      # whole (pre-training) or target (fine-tuning)
     special_weight: float = 1.0     # loss weight of markers, task tokens and eos (10 in the original recipes)
     softmax: str = "grammar"        # or original: see Model.token_losses
     # model
+    init_from: str = ""             # folder or hub id of a base LLM, or of a checkpoint: see convert.py
+    model_type: str = "llama"       # or olmo2: see model.Block
     n_layer: int = 6
     n_head: int = 6
     n_kv_head: int = 2
@@ -50,7 +53,8 @@ class Config:
     grad_accum: int = 1             # micro-steps, each of batch_rows / (workers * grad_accum) rows a worker
     max_steps: int = 2000
     warmup: float = 0.02            # share of the steps
-    decay: float = 0.5              # share of the steps at the end, linear to zero
+    decay: float = 0.5              # share of the steps at the end, linear to final_lr
+    final_lr: float = 0.0           # share of the peak that is left at the end
     lr: float = 3e-3                # AdamW: embeddings, heads, norms
     muon_lr: float = 0.02           # Muon: the blocks' matrices; 0 = AdamW for them too
     muon_iterations: int = 5        # Newton-Schulz rounds a step
@@ -87,6 +91,14 @@ def check(name, value):
     return value
 
 
+def read_file(path):
+    """The settings of a config file -> dict. `parent = "1.7b.py"`, a file beside it, is read first."""
+    values = {name: value for name, value in runpy.run_path(path).items() if not name.startswith("_")}
+    parent = values.pop("parent", None)
+    values = {name: check(name, value) for name, value in values.items()}
+    return (read_file(os.path.join(os.path.dirname(path), parent)) if parent else {}) | values
+
+
 def load_config(arguments):
     """['configs/numbers.py', '--name=value', ...] -> Config. Strings on the command line need no quotes."""
     values, flags = {}, {}
@@ -105,9 +117,13 @@ def load_config(arguments):
         else:
             if not os.path.isfile(argument):
                 raise ValueError(f"no config file {argument!r}")
-            loaded = runpy.run_path(argument)
-            values |= {n: check(n, v) for n, v in loaded.items() if not n.startswith("_")}
-    return Config(**values | flags)
+            values |= read_file(argument)
+    config = Config(**values | flags)
+    if config.text_model == "base":
+        if not config.init_from:
+            raise ValueError("text_model='base' is the tokenizer of init_from, which is not set")
+        config.text_model = config.init_from
+    return config
 
 
 def save_config(config, path):

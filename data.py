@@ -1,6 +1,6 @@
 """Data: token shards become packed batches, in an order that depends on nothing but (seed, step).
 
-Fifth file of the reading order. Each step draws examples afresh: a task by the mixture's weights, an
+Sixth file of the reading order. Each step draws examples afresh: a task by the mixture's weights, an
 utterance, for TTS another of its speaker as voice prompt. Each example is delayed alone and packed whole:
 
       row 0   [ asr: seven three five ......][ tts: two hundred and six .................][ text ....]  pad
@@ -18,14 +18,15 @@ import torch
 
 from interleave import TASKS, Vocab, speech_frames, stream0_frames, task_length, text_frames, training_example
 
-SHARD_VERSION = 1
+SHARD_VERSION = 2
 FILL = 0.97                 # of a batch is drawn before packing: most draws then fit whole
 
 
 class Dataset:
     """Shards of one split, mapped into memory. ds[i] -> int64 codes (T, N), text ids (M,), speaker number."""
 
-    def __init__(self, folder, split, verify=False):
+    def __init__(self, folder, split, verify=False, token_streams="both"):
+        """token_streams: what we want of the codes, see Vocab.only.  verify: check the shards' checksums."""
         if not os.path.exists(f"{folder}/dataset.json"):
             raise ValueError(f"{folder} is not a finished dataset: run prepare.py first")
         with open(f"{folder}/dataset.json") as f:
@@ -33,7 +34,7 @@ class Dataset:
         if meta["version"] != SHARD_VERSION:
             raise ValueError(f"{folder} has data version {meta['version']}, we read {SHARD_VERSION}: "
                              "run prepare.py again")
-        self.vocab, self.folder = Vocab(**meta["sizes"]), folder
+        self.vocab, self.columns = Vocab(**meta["sizes"]).only(token_streams)
         self.codes, self.text, index, shard = [], [], [], []
         self.info = {field: [] for field in ("id", "text", "speaker", "audio")}    # for evaluation and people
         for number, name in enumerate(meta["splits"][split]["shards"]):
@@ -66,7 +67,7 @@ class Dataset:
     def __getitem__(self, i):
         frame, n_frame, token, n_token, speaker = self.index[i].tolist()
         codes, text = self.codes[self.shard[i]], self.text[self.shard[i]]
-        codes, text = codes[frame:frame + n_frame], text[token:token + n_token]
+        codes, text = codes[frame:frame + n_frame, self.columns], text[token:token + n_token]
         return codes.astype(np.int64), text.astype(np.int64), speaker
 
     def draw_prompt(self, i, n_frame, rng):

@@ -1,6 +1,6 @@
 """Evaluate: word error rates of recognition and synthesis, and teacher-forced perplexity per stream.
 
-Tenth file of the reading order.
+Eleventh file of the reading order.
   python eval.py out/numbers                    rewrites out/numbers/results.json, wavs and curves
   python eval.py out/numbers --whisper=DIR      also lets Whisper judge the speech (pip install -e '.[eval]')
 Everything is measured on texts that no training utterance has; "unseen" are voices that training never heard.
@@ -20,8 +20,10 @@ import soundfile
 import torch
 from tqdm import tqdm
 
+import prepare
 from data import Dataset, Loader
-from model import batch_loss, mean_losses
+from heads import batch_loss, mean_losses
+from parallel import same_vocab
 from sample import Speaker
 from spoken_numbers import ONES, cardinal, digits
 from tokenize_audio import Tokenizer, load_audio
@@ -93,16 +95,15 @@ def evaluate_asr(speaker, dataset, limit):
 def evaluate_tts(speaker, dataset, limit, folder, whisper=None, seed=0):
     """Speak the first texts of `dataset`, prompted by another utterance of the speaker; have them read."""
     n = min(limit, len(dataset))
-    if n == 0:
+    if n == 0 or speaker.config.token_streams == "semantic":      # semantic tokens have no sound to judge
         return {"own_asr": {"wer": None, "n": 0, "ended": None}, "whisper": None}, []
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     references = dataset.info["text"][:n]
     prompts = [dataset.draw_prompt(i, speaker.config.prompt_len, rng) for i in range(n)]
     spoken = speaker.synthesise(references, prompts, generator)
-    tokenizer = speaker.tokenizer
-    wavs = [tokenizer.decode(codes) for codes, _ in spoken]
-    copies = [tokenizer.decode(dataset[i][0]) for i in range(n)]    # originals, tokenized and decoded again
-    read = lambda wavs: speaker.transcribe([tokenizer.encode(pad_short(wav)) for wav in wavs])
+    wavs = [speaker.decode(codes) for codes, _ in spoken]
+    copies = [speaker.decode(dataset[i][0]) for i in range(n)]    # originals, tokenized and decoded again
+    read = lambda wavs: speaker.transcribe([speaker.encode(pad_short(wav)) for wav in wavs])
     hypotheses = read(wavs)
     result = {"own_asr": {"wer": word_error_rate(references, hypotheses, cap=True), "n": n,
                           "ended": sum(ended for _, ended in spoken) / n,
@@ -136,7 +137,7 @@ def perplexities(speaker, dataset, n_batch=4):
     mixture = {"asr": 1, "tts": 1}
     loader = Loader(dataset, mixture, 2, c.row_frames, c.prompt_len, 0, loss_region=c.loss_region)
     reports = [batch_loss(speaker.model, loader.batch(step), c.softmax)[1] for step in range(n_batch)]
-    losses = mean_losses([sum(column) for column in zip(*reports)])
+    losses = mean_losses([sum(column) for column in zip(*reports)], loader.vocab.stream_names)
     return {name: math.exp(loss) for name, loss in losses.items()}
 
 
@@ -167,12 +168,25 @@ def plot_curves(run):
     plt.close(figure)
 
 
-def evaluate(run, whisper_folder=None):
+def find_data(speaker, folder=None):
+    """The prepared data to evaluate on: the folder named, else where the training's are or would be."""
+    settings = {name: getattr(speaker.config, name) for name in prepare.SETTINGS}
+    places = [folder] if folder else [speaker.state.get("data"),
+                                      prepare.data_folder(speaker.config.data_dir, settings)]
+    for place in filter(None, places):
+        if prepare.is_prepared(place):
+            return place
+    raise ValueError(f"no prepared data at {' or '.join(filter(None, places))}: name them, --data=FOLDER")
+
+
+def evaluate(run, whisper_folder=None, data=None):
     """Measure everything, write results.json, wavs and curves.png into the run's folder; returns results."""
     began, speaker = time.time(), Speaker(run)
     run, c = speaker.run, speaker.config
-    data = speaker.state["data"]
-    seen, unseen = Dataset(data, "seen"), Dataset(data, "unseen")
+    data = find_data(speaker, data)
+    seen, unseen = (Dataset(data, split, token_streams=c.token_streams) for split in ("seen", "unseen"))
+    for dataset in (seen, unseen):
+        dataset.vocab = same_vocab(dataset.vocab, speaker.vocab, data)
     results, transcripts = {"asr": {}}, {}
     for name, dataset in (("seen", seen), ("unseen", unseen)):
         results["asr"][name], transcripts[f"asr_{name}"] = evaluate_asr(speaker, dataset, c.eval_utterances)
@@ -188,14 +202,15 @@ def evaluate(run, whisper_folder=None):
     results["seconds"] = {"prepare": record["seconds"].get("prepare"),
                           "train": record["seconds"].get("train", speaker.state["seconds"]),
                           "eval": time.time() - began}
-    results["frames_per_second"] = speaker.state["frames"] / speaker.state["seconds"]
+    results["frames_per_second"] = speaker.state["frames"] / max(speaker.state["seconds"], 1e-9)
     results["peak_memory_mb"] = record.get("peak_memory_mb")
     results["parameters"] = sum(p.numel() for p in speaker.model.parameters())
     for name, content in (("results", results), ("transcripts", transcripts)):
         with open(f"{run}/{name}.json.tmp", "w") as f:
             json.dump(content, f, indent=1)
         os.replace(f"{run}/{name}.json.tmp", f"{run}/{name}.json")
-    plot_curves(run)
+    if os.path.exists(f"{run}/out.jsonl"):          # an exported folder has none
+        plot_curves(run)
     return results
 
 
@@ -221,8 +236,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", help="folder of a run, for instance out/numbers")
     parser.add_argument("--whisper", help="folder of a Whisper model in CTranslate2 form")
+    parser.add_argument("--data", help="folder of prepared data (default: those of the training)")
     args = parser.parse_args()
     try:
-        print(table(evaluate(args.run, args.whisper)))
+        print(table(evaluate(args.run, args.whisper, args.data)))
     except ValueError as problem:
-        sys.exit(f"eval.py: {problem}")
+        print(f"eval.py: {problem}", file=sys.stderr)
+        sys.exit(2)

@@ -13,7 +13,7 @@ text and special tokens live in stream 0 and leave the others padded. Drawn with
 
       text frame   w  .  .          speech frame   s  a1  a2          special frame   <eos>  .  .
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -35,8 +35,8 @@ TEXT, SPEECH = 0, 1     # what a segment is made of
 class Vocab:
     """Joint vocabulary: specials, semantic codes, one block per acoustic level, text. Tokenizers give sizes.
 
-        0        256            256+n_semantic                              text_start           size
-        | special | semantic     | acoustic 1 | acoustic 2 | ... | level K   | text               |
+        0         256        256+n_semantic                              text_start       size
+        | special | semantic | acoustic 1 | acoustic 2 | ... | level K   | text     | tail |
 
     Either half of a speech frame may be absent (n_semantic = 0 or n_level = 0): the ablations of the paper.
     """
@@ -44,6 +44,8 @@ class Vocab:
     n_acoustic: int     # codes per acoustic level (1024 in OpusLM)
     n_level: int        # acoustic levels (8 in OpusLM)
     n_text: int         # rows of the text tokenizer (49152 for SmolLM2)
+    n_tail: int = 0     # rows behind the text that nothing uses (70 in the published checkpoints)
+    published: bool = False     # as in the published checkpoints: semantic cluster 0 is pad
 
     @property
     def streams(self):
@@ -57,12 +59,36 @@ class Vocab:
         return len(self.streams)
 
     @property
+    def stream_names(self):
+        """["semantic", "acoustic1", ...]: what each stream of a speech frame is."""
+        return ["semantic"] * (self.n_semantic > 0) + [f"acoustic{k + 1}" for k in range(self.n_level)]
+
+    @property
     def text_start(self):
         return self.streams[-1][1]
 
     @property
+    def text(self):
+        """(start, end) joint id range of text."""
+        return self.text_start, self.text_start + self.n_text
+
+    @property
     def size(self):
-        return self.text_start + self.n_text
+        return self.text[1] + self.n_tail
+
+    def only(self, streams):
+        """The vocabulary without one half of a speech frame, and where the other half is in codes (T, N).
+
+        streams: "both", "semantic" or "acoustic" -> (Vocab, slice of columns). For ablations.
+        """
+        if streams not in ("both", "semantic", "acoustic"):
+            raise ValueError(f"token_streams is 'both', 'semantic' or 'acoustic', not {streams!r}")
+        if streams == "both":
+            return self, slice(0, self.n_stream)
+        first = int(self.n_semantic > 0)
+        if streams == "semantic":
+            return replace(self, n_level=0), slice(0, first)
+        return replace(self, n_semantic=0), slice(first, self.n_stream)
 
     def weights(self, special_weight=1.0):
         """(V,) loss weight of each id as a target, so that a speech frame counts as much as one text token.
@@ -73,7 +99,7 @@ class Vocab:
         """
         weight = torch.zeros(self.size)
         weight[1:N_SPECIAL] = special_weight
-        weight[self.text_start:] = 1.0
+        weight[slice(*self.text)] = 1.0
         both = self.n_semantic > 0 and self.n_level > 0
         for n, (start, end) in enumerate(self.streams):
             weight[start:end] = (0.5 if n == 0 else 0.5 / self.n_level) if both else 1.0 / self.n_stream
@@ -81,16 +107,24 @@ class Vocab:
 
 
 def speech_frames(vocab, codes):
-    """Raw codes (T, N), each from 0 in its own codebook -> joint ids (T, N)."""
+    """Raw codes (T, N), each from 0 in its own codebook -> joint ids (T, N).
+
+    NOTE(espnet): its loader shifts every stored id but 0 past the specials, so that semantic cluster 0 became
+    pad and the first semantic id is never used. What was trained so wants it so (vocab.published).
+    """
     codes = torch.as_tensor(codes, dtype=torch.long)
     N = vocab.n_stream
     assert codes.ndim == 2 and codes.shape[1] == N, f"codes {tuple(codes.shape)}, N={N}"
-    return codes + torch.tensor([start for start, _ in vocab.streams])      # (T, N)
+    frames = codes + torch.tensor([start for start, _ in vocab.streams])    # (T, N)
+    if vocab.published and vocab.n_semantic:
+        frames[codes[:, 0] == 0, 0] = PAD
+    return frames
 
 
 def speech_codes(vocab, frames):
     """Joint ids (T, N) of complete speech frames -> raw codes (T, N): the inverse of `speech_frames`."""
-    return frames - torch.tensor([start for start, _ in vocab.streams])     # (T, N)
+    codes = frames - torch.tensor([start for start, _ in vocab.streams])    # (T, N)
+    return codes.clamp_min(0) if vocab.published else codes
 
 
 def stream0_frames(vocab, ids):

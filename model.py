@@ -1,29 +1,38 @@
 """The model: one decoder-only Transformer that reads sums of N embeddings and predicts N tokens a step.
 
-Second file of the reading order; it imports nothing of ours and takes numbers, never a Vocab. The body is
-SmolLM2's (Llama): RMSNorm before each sub-layer, rotary positions, grouped-query attention, SwiGLU, no
-biases. Around it stand what makes it OpusLM (arXiv 2506.17611, section 2): the summed embedding and the
-parallel heads with their loss.
+Third file of the reading order; it takes numbers, never a Vocab. The body is a text LLM, exactly: SmolLM2
+(Llama: RMSNorm before each sub-layer, rotary positions, grouped-query attention, SwiGLU, no biases) or OLMo-2
+(the same with its RMSNorms after each sub-layer, and on q and k). Around it stands what makes it OpusLM
+(arXiv 2506.17611, section 2): the summed embedding, and the parallel heads of heads.py.
 
-       delayed tokens (B, T, N)                      logits of stream n = W[range of n] (hidden + head_emb[n])
-                 |                                                ^
-          sum of N embeddings  -->  blocks  -->  norm  -->  hidden (B, T, D)
+       delayed tokens (B, T, N)                                     scores of N streams (heads.py)
+                 |                                                                ^
+          sum of N embeddings (emb)  -->  blocks  -->  norm  -->  hidden (B, T, D), lm_head, head_emb
+
+The last part reads and writes the layout of the published OpusLM checkpoints.
 
 Dimension letters: see interleave.py.
 """
 import math
+import re
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from heads import token_losses
+from interleave import PAD, delay
+
 
 @dataclass
 class ModelConfig:
     vocab_size: int         # V, all modalities
     streams: list           # [(start, end)] id range of each stream of a speech frame; its length is N
+    text: tuple             # (start, end) id range of text
     n_special: int = 256    # ids [0, n_special) are special tokens; 0 is pad
+    published: bool = False     # as in the published checkpoints: see embed and heads.stream_logits
+    model_type: str = "llama"   # or olmo2: the names of Hugging Face
     n_layer: int = 6
     n_head: int = 6
     n_kv_head: int = 2      # each key-value head serves n_head / n_kv_head query heads
@@ -35,10 +44,6 @@ class ModelConfig:
     @property
     def n_stream(self):
         return len(self.streams)
-
-    @property
-    def text_start(self):   # text ids fill the end of the vocabulary
-        return self.streams[-1][1]
 
 
 # ---- body --------------------------------------------------------------------------------------------------
@@ -109,18 +114,28 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Block(nn.Module):
-    """One Transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One Transformer layer.
+
+        Llama    x + attention(norm(x))    then    x + mlp(norm(x))
+        OLMo-2   x + norm(attention(x))    then    x + norm(mlp(x)),   with norms over the whole q and k
+    """
 
     def __init__(self, config):
         super().__init__()
         D, H, G = config.d_model, config.n_head, config.n_kv_head
         self.n_head, self.n_kv_head, self.head_dim = H, G, D // H
-        self.attn_norm = RMSNorm(D, config.norm_eps)
+
+        def norm(model_type, width):
+            here = config.model_type == model_type
+            return RMSNorm(width, config.norm_eps) if here else nn.Identity()
+
+        self.attn_norm, self.mlp_norm = norm("llama", D), norm("llama", D)
+        self.attn_out_norm, self.mlp_out_norm = norm("olmo2", D), norm("olmo2", D)
+        self.q_norm, self.k_norm = norm("olmo2", D), norm("olmo2", G * self.head_dim)
         self.q_proj = Linear(D, D)
         self.k_proj = Linear(D, G * self.head_dim)
         self.v_proj = Linear(D, G * self.head_dim)
         self.o_proj = Linear(D, D)
-        self.mlp_norm = RMSNorm(D, config.norm_eps)
         self.gate_proj = Linear(D, config.d_ff)
         self.up_proj = Linear(D, config.d_ff)
         self.down_proj = Linear(config.d_ff, D)
@@ -128,16 +143,16 @@ class Block(nn.Module):
     def qkv(self, x, cos, sin):
         """x (..., D) -> rotated q (..., H, E), rotated k (..., G, E), v (..., G, E)."""
         x = self.attn_norm(x)
-        q = self.q_proj(x).unflatten(-1, (self.n_head, self.head_dim))      # (..., H, E)
-        k = self.k_proj(x).unflatten(-1, (self.n_kv_head, self.head_dim))   # (..., G, E)
-        v = self.v_proj(x).unflatten(-1, (self.n_kv_head, self.head_dim))   # (..., G, E)
+        q = self.q_norm(self.q_proj(x)).unflatten(-1, (self.n_head, self.head_dim))         # (..., H, E)
+        k = self.k_norm(self.k_proj(x)).unflatten(-1, (self.n_kv_head, self.head_dim))      # (..., G, E)
+        v = self.v_proj(x).unflatten(-1, (self.n_kv_head, self.head_dim))                   # (..., G, E)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def finish(self, x, mixed):
         """Residual stream x (..., D) and attention output (..., H, E) -> the layer's output (..., D)."""
-        x = x + self.o_proj(mixed.flatten(-2))
+        x = x + self.attn_out_norm(self.o_proj(mixed.flatten(-2)))
         h = self.mlp_norm(x)
-        return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+        return x + self.mlp_out_norm(self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h)))
 
 
 # ---- key-value cache ---------------------------------------------------------------------------------------
@@ -186,8 +201,11 @@ class Model(nn.Module):
 
     def embed(self, tokens):
         """tokens (..., N) -> (..., D): sum of the streams' embeddings; pad counts 0 and gets no gradient."""
-        flat = F.embedding_bag(tokens.reshape(-1, tokens.shape[-1]), self.emb, mode="sum", padding_idx=0)
-        return flat.view(*tokens.shape[:-1], -1).to(self.dtype)             # (..., D)
+        flat = F.embedding_bag(tokens.reshape(-1, tokens.shape[-1]), self.emb, mode="sum", padding_idx=PAD)
+        x = flat.view(*tokens.shape[:-1], -1)                               # (..., D)
+        if self.config.published:       # should be 0 there too, but that is the checkpoint's word
+            x = x + (tokens == PAD).sum(-1, keepdim=True) * self.emb[PAD].detach()
+        return x.to(self.dtype)
 
     def forward(self, tokens, lengths):
         """Packed documents, delayed: tokens (S, N), lengths of the documents (sum S) -> hidden (S, D)."""
@@ -224,93 +242,102 @@ class Model(nn.Module):
             x = block.finish(x, mixed.transpose(1, 2))
         return self.norm(x)
 
-    def logits(self, hidden, stream, rows):
-        """Scores of ids as a stream's next token: hidden (..., D), rows: slice or ids -> (..., len) fp32."""
-        hidden = hidden + self.head_emb[stream].to(hidden.dtype)
-        return F.linear(hidden, self.lm_head[rows].to(hidden.dtype)).float()
+    def published_loss(self, tokens, mask, modality_weights):
+        """The loss as ESPnet computes it, of aligned tokens (B, T, N) that end in pads; mask (B, T, N) 0/1.
 
-    def token_losses(self, hidden, targets, weight, modality, scope):
-        """Cross-entropies in nats: hidden (S, D), targets and weight (S, N), modality (S,) -> (S, N) fp32.
-
-        Entries of weight 0 (pads, masked segments) stay 0, not computed: rows are gathered before the heads.
-        scope "original": stream 0 against all V ids, streams 1.. against all acoustic ids, as ESPnet trains.
-        scope "grammar": only against what decoding allows: specials and text, or specials and stream 0's own
-        codes, by the modality of the target's segment; in streams 1.. their codes. Much cheaper, same use.
+        modality_weights: {modality of token_bias: loss weight of its ids as targets}. Returns {"loss":
+        scalar, per frame with a stream-0 target; "element_loss" (B, T-1, N): nats times weight, 0 where
+        masked}.
         """
-        c = self.config
-        losses = torch.zeros(targets.shape, device=targets.device)          # (S, N)
-        if scope == "original":
-            groups = [(weight[:, 0] > 0, [slice(0, c.vocab_size)])]
-        else:
-            specials, live = slice(0, c.n_special), weight[:, 0] > 0
-            groups = [(live & (modality == 0), [specials, slice(c.text_start, c.vocab_size)]),
-                      (live & (modality == 1), [specials, slice(*c.streams[0])])]
-        for live, ranges in groups:
-            row = live.nonzero()[:, 0]                                      # (R,)
-            ids = torch.cat([torch.arange(r.start, r.stop, device=row.device) for r in ranges])
-            place = torch.zeros(c.vocab_size, dtype=torch.long, device=row.device)
-            place[ids] = torch.arange(len(ids), device=row.device)          # id -> its column of the logits
-            logits = self.logits(hidden[row], 0, ids)                       # (R, len(ids))
-            losses[row, 0] = F.cross_entropy(logits, place[targets[row, 0]], reduction="none")
-        if c.n_stream > 1:
-            row = (weight[:, 1:] > 0).any(1).nonzero()[:, 0]                # (R,)
-            losses[row, 1:] = self._acoustic_losses(hidden[row], targets[row, 1:], weight[row, 1:] > 0, scope)
-        return losses
-
-    def acoustic_logits(self, hidden):
-        """hidden (..., D) -> (..., K, codes): the scores of streams 1.. (K = N-1) over their own codes, fp32.
-
-        One product serves all K streams: W (h + e_n) = W h + W e_n, a stream only adds a bias to its scores.
-        """
-        K, (start, end) = self.config.n_stream - 1, (self.config.streams[1][0], self.config.streams[-1][1])
-        head = self.lm_head[start:end].unflatten(0, (K, -1)).to(hidden.dtype)               # (K, codes, D)
-        bias = (head * self.head_emb[1:, None].to(hidden.dtype)).sum(-1)                    # (K, codes)
-        scores = F.linear(hidden, head.flatten(0, 1)).unflatten(-1, bias.shape) + bias      # (..., K, codes)
-        return scores.float()
-
-    def _acoustic_losses(self, hidden, targets, live, scope):
-        """hidden (R, D), targets and live (R, K) -> (R, K)."""
-        streams = self.config.streams[1:]
-        start, end = streams[0][0], streams[-1][1]
-        own_start = torch.tensor([first for first, _ in streams], device=targets.device)    # (K,)
-        if scope == "original":
-            head = self.lm_head[start:end].to(hidden.dtype)
-            scores = F.linear(hidden, head)                                 # (R, K * codes)
-            bias = F.linear(self.head_emb[1:].to(hidden.dtype), head)       # (K, K * codes)
-            target = torch.where(live, targets - start, -100)               # -100: not computed
-            return torch.stack([F.cross_entropy((scores + bias[n]).float(), target[:, n], reduction="none")
-                                for n in range(len(bias))], 1)
-        target = torch.where(live, targets - own_start, -100)               # (R, K)
-        logits = self.acoustic_logits(hidden).flatten(0, 1)                 # (R * K, codes)
-        return F.cross_entropy(logits, target.flatten(), reduction="none").view(target.shape)
+        B, T, N = tokens.shape
+        weights = torch.zeros(self.config.vocab_size, device=tokens.device)
+        for modality, (start, end) in self.token_bias.items():
+            weights[start:end] = modality_weights[modality]
+        delayed = delay(tokens)                                             # (B, T, N)
+        learn = delay(mask.long() * (tokens != PAD))[:, 1:]                 # (B, T-1, N)
+        hidden = self(delayed[:, :-1].flatten(0, 1), [T - 1] * B)           # (B * (T-1), D)
+        targets, weight = delayed[:, 1:], weights[delayed[:, 1:]] * learn   # (B, T-1, N)
+        flat = (targets.flatten(0, 1), learn.flatten(0, 1))
+        losses = token_losses(self, hidden, *flat, None, "original")        # (B * (T-1), N)
+        element_loss = losses.view(B, T - 1, N) * weight
+        return {"loss": element_loss.sum() / learn[..., 0].sum(), "element_loss": element_loss}
 
 
-# ---- loss of a batch ---------------------------------------------------------------------------------------
+# ---- names of Hugging Face and of the published checkpoints
+# --------------------------------------------------
 
-def batch_loss(model, batch, scope):
-    """Loss of a packed Batch (data.py): its tensors (R, S, N), modality (R, S), lengths -> (loss, report).
+NORM_NAMES = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",               # Llama
+              "attn_out_norm": "post_attention_layernorm", "mlp_out_norm": "post_feedforward_layernorm",
+              "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}                           # OLMo-2
 
-    loss: the weighted sum over all targets, nats, a scalar with gradient; divide by the number of frames with
-    a stream-0 target. report: plain sums that add up over batches and workers, for `mean_losses`.
+
+def body_name(name):
+    """Our name of a body parameter -> Hugging Face's: blocks.0.q_proj.* -> layers.0.self_attn.q_proj.*"""
+    if not name.startswith("blocks."):
+        return name                                                         # norm.weight
+    _, i, part, kind = name.split(".")
+    place = "mlp." if part in ("gate_proj", "up_proj", "down_proj") else "self_attn."
+    return f"layers.{i}.{NORM_NAMES.get(part) or place + part}.{kind}"
+
+
+def to_published(tensors):
+    """{our parameter name: tensor} -> {ESPnet's name: tensor}: weights, or gradients."""
+    return {f"corelm.{name}.weight" if name in ("emb", "lm_head", "head_emb") else
+            f"corelm.decoders.model.{body_name(name)}": tensor for name, tensor in tensors.items()}
+
+
+def published_weights(state, config, codec):
+    """The tensors of ESPnet's layout {"corelm.*": tensor} as {our name: tensor}; an error names the misfits.
+
+    Older checkpoints score the codec streams with a matrix of their own: it takes the place of the codec rows
+    (start, end) of lm_head, which no codec loss has ever used there. Rows of head_emb beyond stream N are
+    cut.
     """
-    device = model.emb.device
-    parts = (batch.tokens, batch.targets, batch.weight)
-    tokens, targets, weight = (t.to(device).flatten(0, 1) for t in parts)   # (R*S, N)
-    modality = batch.modality.to(device).flatten()                          # (R*S,)
-    hidden = model(tokens, [length for row in batch.lengths for length in row])
-    losses = model.token_losses(hidden, targets, weight, modality, scope)   # (R*S, N)
-    with torch.no_grad():
-        live, first = weight > 0, targets[:, 0]
-        text, special = first >= model.config.text_start, first < model.config.n_special
-        kinds = [live[:, 0] & text, live[:, 0] & special, live[:, 0] & ~text & ~special]    # 3 of (R*S,)
-        masks = torch.cat([torch.stack(kinds, 1), live[:, 1:]], 1)          # (R*S, 3 + K)
-        columns = torch.cat([losses[:, :1].expand(-1, 3), losses[:, 1:]], 1)
-        report = (columns * masks).sum(0).tolist() + masks.sum(0).tolist()
-    return (losses * weight).sum(), report
+    with torch.device("meta"):
+        expected = Model(config).state_dict()
+    bare = {re.sub(r"^.*?(?=(corelm|criterion)\.)", "", name): tensor for name, tensor in state.items()}
+    weights, wrong = {}, []
+    for name, like in expected.items():
+        theirs, = to_published({name: like})
+        tensor = bare.pop(theirs, None)
+        tensor = tensor[:len(like)] if name == "head_emb" and tensor is not None else tensor
+        if tensor is None or tensor.shape != like.shape:
+            wrong.append(f"{theirs} is {'missing' if tensor is None else tuple(tensor.shape)}, "
+                         f"{tuple(like.shape)} expected")
+        weights[name] = tensor
+    bare.pop("criterion.lm_head.weight", None)                              # the same tensor once more
+    aux_shape = (codec[1] - codec[0], config.d_model)
+    aux = [(name, bare.pop(name)) for name, tensor in list(bare.items()) if tensor.shape == aux_shape]
+    wrong += [f"{name} is unknown" for name in bare]
+    wrong += [f"{name} is not {aux[0][0]}" for name, tensor in aux[1:] if not torch.equal(tensor, aux[0][1])]
+    if wrong:
+        raise ValueError("; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""))
+    if aux:
+        weights["lm_head"] = weights["lm_head"].clone()
+        weights["lm_head"][codec[0]:codec[1]] = aux[0][1]
+    return weights
 
 
-def mean_losses(report):
-    """Summed `batch_loss` reports -> {"text": nats a token, "semantic": .., "acoustic1": ..}, as occurred."""
-    half = len(report) // 2
-    names = ["text", "special", "semantic"] + [f"acoustic{n}" for n in range(1, half - 2)]
-    return {name: loss / count for name, loss, count in zip(names, report[:half], report[half:]) if count}
+def from_published(state, body, token_bias):
+    """The Model of a checkpoint in ESPnet's layout, ids as they are there.
+
+    state: {"corelm.*": tensor}, flat or under "model" or "module".  body: n_layer, d_model, d_ff, n_head,
+    n_kv_head, rope_theta, rms_norm_eps, model_type.  token_bias: {modality: (start, end)} with ssl, codec and
+    text_bpe. ValueError names what does not fit. (Folders with model.pth: convert.py.)
+    """
+    for wrapper in ("model", "module"):
+        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
+    shape = {name: body[name] for name in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "rope_theta",
+                                           "model_type")}
+    start, end = token_bias["codec"]
+    edges = range(start, end + 1, (end - start) // 8)                       # of the 8 acoustic levels
+    n_row = next((len(tensor) for name, tensor in state.items() if name.endswith("corelm.emb.weight")), 0)
+    config = ModelConfig(n_row, [tuple(token_bias["ssl"]), *zip(edges, edges[1:])],
+                         tuple(token_bias["text_bpe"]), published=True, norm_eps=body["rms_norm_eps"],
+                         **shape)
+    weights = published_weights(state, config, (start, end))
+    with torch.device("meta"):
+        model = Model(config)
+    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+    model.token_bias = dict(token_bias)
+    return model.requires_grad_(True)

@@ -1,6 +1,6 @@
 """Processes, devices and checkpoints: everything around the model that is not the model.
 
-Seventh file of the reading order. Parallelism is applied from here, model.py knows nothing of it: every
+Eighth file of the reading order. Parallelism is applied from here, model.py knows nothing of it: every
 worker holds the whole model, takes its rows of the global batch, and the gradients are summed over workers.
 """
 import dataclasses
@@ -11,9 +11,10 @@ import shutil
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from config import read_config, save_config
+from config import Config, read_config, save_config
+from convert import find_start, is_published, list_tensors, put, read_published, read_tensor, start_weights
 from interleave import N_SPECIAL, Vocab
 from model import Model, ModelConfig
 
@@ -43,7 +44,9 @@ def total(values):
 
 
 def sum_gradients(params):
-    """Sum the gradients over the workers, as one flat message."""
+    """Sum the gradients over the workers, as one flat message; what no batch needed has a gradient of 0."""
+    for p in params:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     if dist.is_initialized():
         flat = torch.cat([p.grad.flatten() for p in params])
         dist.all_reduce(flat)
@@ -67,12 +70,15 @@ def compute_dtype(name, device):
 
 def make_model(config, vocab, dtype=torch.float32):
     """The Config's model for a Vocab, weights not initialised."""
+    if config.model_type not in ("llama", "olmo2"):
+        raise ValueError(f"model_type is 'llama' or 'olmo2', not {config.model_type!r}")
     if config.d_model % (2 * config.n_head) or config.n_head % config.n_kv_head:
         raise ValueError(f"d_model={config.d_model} must be a multiple of 2 x n_head={config.n_head}, "
                          f"and n_head of n_kv_head={config.n_kv_head}")
     names = [f.name for f in dataclasses.fields(ModelConfig)]
     shape = {name: getattr(config, name) for name in names if hasattr(config, name)}
-    ids = {"vocab_size": vocab.size, "streams": vocab.streams, "n_special": N_SPECIAL}
+    ids = {"vocab_size": vocab.size, "streams": vocab.streams, "text": vocab.text, "n_special": N_SPECIAL,
+           "published": vocab.published}
     return Model(ModelConfig(**ids, **shape), dtype)
 
 
@@ -82,33 +88,87 @@ def checkpoints(out_dir):
     return [os.path.join(out_dir, name) for name in sorted(names) if re.fullmatch(r"step_\d{7}", name)]
 
 
+def empty_model(config, vocab, dtype=torch.float32, device="cpu"):
+    """`make_model` without a stop at PyTorch's default weights: memory that holds anything."""
+    with torch.device("meta"):
+        model = make_model(config, vocab, dtype)
+    return model.to_empty(device=device)
+
+
+def checkpoint_weights(folder, model, what="the configuration's"):
+    """A checkpoint folder of ours as {name: function that reads it}; an error names what does not fit."""
+    found = list_tensors(folder)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    wrong = sorted(set(found) ^ set(shapes)) + [
+        f"{name}: {found[name][1]} there, {shapes[name]} here"
+        for name in shapes if name in found and found[name][1] != shapes[name]]
+    if wrong:
+        raise ValueError(f"{folder} holds another model than {what}: {'; '.join(wrong[:5])}")
+    return {name: (lambda name=name: read_tensor(found[name][0], name)) for name in shapes}
+
+
+def newest(folder):
+    """A checkpoint's folder itself, or the newest of a run's; None if it is neither."""
+    if os.path.isfile(f"{folder}/state.json"):
+        return folder
+    found = checkpoints(folder)
+    return found[-1] if found else None
+
+
+def same_vocab(vocab, theirs, folder):
+    """The data's vocabulary as a model with the vocabulary `theirs` has it: the same sizes, its quirks."""
+    ours = dataclasses.replace(vocab, n_tail=theirs.n_tail, published=theirs.published)
+    if ours != theirs:
+        raise ValueError(f"{folder} goes with other tokenizers than the data: {theirs} there, {vocab} here")
+    return ours
+
+
+def starting_vocab(folder, vocab):
+    """The vocabulary of a model that starts from `folder`, what `init_from` names or "", on these data."""
+    if newest(folder):
+        return same_vocab(vocab, read_state(newest(folder))["vocab"], folder)
+    if folder and is_published(find_start(folder)):
+        return same_vocab(vocab, read_published(find_start(folder))[1], folder)
+    return vocab
+
+
+def starting_weights(config, vocab):
+    """What `init_from` names as {name: function that reads it}: checked, but not read yet."""
+    with torch.device("meta"):
+        model = make_model(config, vocab)
+    folder = newest(config.init_from)
+    if folder:
+        return checkpoint_weights(folder, model)
+    return start_weights(config.init_from, model.config, vocab, config.seed)
+
+
+def save_model(folder, config, vocab, model, state):
+    """What a checkpoint and an export have in common: model.safetensors, config.json, state.json."""
+    weights = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
+    save_file(weights, f"{folder}/model.safetensors")
+    save_config(config, f"{folder}/config.json")
+    with open(f"{folder}/state.json", "w") as f:
+        json.dump({"vocab": dataclasses.asdict(vocab), **state}, f, indent=1)
+
+
 def save_checkpoint(config, vocab, model, optimizers, step, state):
     """Write out_dir/step_NNNNNNN beside its place, then rename: weights, optimizers, config, state."""
     final = os.path.join(config.out_dir, f"step_{step:07d}")
     temporary = final + ".tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     os.makedirs(temporary)
-    weights = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
-    save_file(weights, f"{temporary}/model.safetensors")
+    save_model(temporary, config, vocab, model, {"step": step, **state})
     torch.save([optimizer.state_dict() for optimizer in optimizers], f"{temporary}/optimizer.pt")
-    save_config(config, f"{temporary}/config.json")
-    with open(f"{temporary}/state.json", "w") as f:
-        json.dump({"step": step, "vocab": dataclasses.asdict(vocab), **state}, f, indent=1)
     shutil.rmtree(final, ignore_errors=True)
     os.rename(temporary, final)
     for old in checkpoints(config.out_dir)[:-config.keep_last]:
         shutil.rmtree(old)
 
 
-def load_weights(folder, model):
-    """Fill the model from a checkpoint folder; an error names what does not fit."""
-    weights, own = load_file(f"{folder}/model.safetensors"), model.state_dict()
-    wrong = sorted(set(weights) ^ set(own)) + [
-        f"{name}: {tuple(weights[name].shape)} there, {tuple(own[name].shape)} here"
-        for name in own if name in weights and weights[name].shape != own[name].shape]
-    if wrong:
-        raise ValueError(f"{folder} holds another model than the configuration's: {'; '.join(wrong[:5])}")
-    model.load_state_dict(weights)
+def fill(model, weights):
+    """Fill a model, whole or sharded, from {name: function that reads it}, one tensor at a time."""
+    for name, tensor in model.state_dict().items():
+        put(tensor, weights[name]())
 
 
 def load_optimizers(folder, optimizers):
@@ -124,13 +184,24 @@ def read_state(folder):
 
 
 def load_model(folder, device="cpu"):
-    """A run's folder (its newest checkpoint) or a checkpoint's -> (inference model, Config, Vocab, state)."""
-    if not os.path.exists(f"{folder}/state.json"):
-        found = checkpoints(folder)
+    """A folder -> (inference model, Config, Vocab, state).
+
+    folder: a run's (its newest checkpoint), a checkpoint's, an exported one, or that of a published OpusLM,
+    which then decodes as its authors do.
+    """
+    if is_published(folder):
+        body, vocab, weights, tag = read_published(folder)
+        config = Config(**body, init_from=tag or "", prompt_len=500, temperature=0.8,
+                        acoustic_temperature=0.8, top_k=30, max_speech_s=2048 / 50)
+        state = {"vocab": vocab, "step": 0, "frames": 0, "seconds": 0.0, "data": None}
+    else:
+        found = newest(folder)
         if not found:
             raise ValueError(f"{folder} holds no checkpoint: train first, python train.py configs/numbers.py")
-        folder = found[-1]
-    config, state = read_config(f"{folder}/config.json"), read_state(folder)
-    model = make_model(config, state["vocab"])
-    load_weights(folder, model)
-    return model.to(device).eval().requires_grad_(False), config, state["vocab"], state
+        config, state = read_config(f"{found}/config.json"), read_state(found)
+        vocab = state["vocab"]
+        with torch.device("meta"):
+            weights = checkpoint_weights(found, make_model(config, vocab))
+    model = empty_model(config, vocab, device=device)
+    fill(model, weights)
+    return model.eval().requires_grad_(False), config, vocab, state

@@ -1,6 +1,6 @@
 """Prepare: a corpus of audio and transcripts becomes a folder of token shards that training maps into memory.
 
-Fourth file of the reading order. The embedded corpus, and any other by its manifest:
+Fifth file of the reading order. The embedded corpus, and any other by its manifest:
   python prepare.py --corpus=numbers
   python prepare.py --corpus=my/manifest.tsv --text_model=bpe --text_vocab=2000
 A manifest is tab-separated with a header, or jsonl, with the fields id, audio (a path, relative to the
@@ -11,7 +11,7 @@ The folder is named by a hash of all that shaped it, so that a trial run is neve
   data/numbers-1a2b3c4d/
     dataset.json             written last: version, settings, sizes, shards of each split, hours, rejects
     rejects.tsv              id and reason of every utterance that was left out
-    tokenizer/, text.model   the fitted audio and text tokenizers
+    audio_tokenizer/, text_tokenizer/    fitted on the training utterances, or copied from a base LLM
     train-00000.codes.npy    (frames, N) int16: raw codes of all utterances of the shard, one after the other
     train-00000.text.npy     (text tokens,) int32: their text ids
     train-00000.index.npy    (utterances, 5) int64: first frame, frames, first text id, text ids, speaker
@@ -27,13 +27,13 @@ import sys
 import zlib
 
 import numpy as np
-import sentencepiece
 import torch
 from tqdm import tqdm
 
 from tokenize_audio import Tokenizer, fit_tokenizer, load_audio
+from tokenize_text import KINDS, TextTokenizer, make_text_tokenizer
 
-VERSION = 1
+VERSION = 2
 UTTERANCES_PER_SHARD = 1000
 SPLITS = ("train", "seen", "unseen")
 MIN_RMS = 1e-4              # quieter than this is silence
@@ -48,7 +48,7 @@ SETTINGS = dict(            # all that shapes the data; train.py's Config has th
     n_level=8,              # acoustic levels
     switch_penalty=60.0,    # cost of a change of semantic token, in squared feature distance
     fit_utterances=700,     # the audio tokenizer is fitted on this many training utterances
-    text_model="word",      # sentencepiece model type: word, bpe, unigram or char
+    text_model="word",      # word, bpe, unigram, char (sentencepiece), or the folder or hub id of an LLM
     text_vocab=0,           # its size; 0 = as many as the corpus has (word and char)
     max_audio_s=30.0,       # longer utterances are rejected
 )
@@ -65,6 +65,10 @@ def data_folder(root, settings):
             content["manifest"] = hashlib.sha256(f.read()).hexdigest()
         name = os.path.splitext(os.path.basename(name))[0]
         content["corpus"] = name
+    if settings["text_model"] not in KINDS:
+        text_tokenizer = make_text_tokenizer([], settings["text_model"], 0)
+        content["text_model"] = hashlib.sha256(text_tokenizer.files["tokenizer.json"]).hexdigest()
+        content["n_text"] = text_tokenizer.n_text
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
     return os.path.join(root, f"{name}-{digest}")
 
@@ -123,7 +127,7 @@ def read_utterance(row, max_audio_s):
 # ---- tokenizers --------------------------------------------------------------------------------------------
 
 def fit_on(rows, settings, folder):
-    """Fit the audio tokenizer on some of the training rows and save it in folder/tokenizer."""
+    """Fit the audio tokenizer on some of the training rows and save it in the folder."""
     rng = np.random.default_rng(settings["data_seed"])
     wavs, used = [], []
     for i in rng.permutation(len(rows))[:settings["fit_utterances"]]:
@@ -137,29 +141,8 @@ def fit_on(rows, settings, folder):
     sizes = {name: settings[name] for name in ("n_semantic", "n_acoustic", "n_level", "switch_penalty")}
     tokenizer = fit_tokenizer(wavs, [row["text"] for row in used], [row["speaker"] for row in used],
                               seed=settings["data_seed"], **sizes)
-    tokenizer.save(f"{folder}/tokenizer.tmp")
-    os.replace(f"{folder}/tokenizer.tmp", f"{folder}/tokenizer")
-
-
-def train_text_model(texts, settings):
-    """A sentencepiece model of the training texts, as bytes: row 0 unknown, then pieces; no bos, eos, pad."""
-    size, kind = settings["text_vocab"], settings["text_model"]
-    if kind not in ("word", "bpe", "unigram", "char"):
-        raise ValueError(f"text_model {kind!r} is not one of word, bpe, unigram, char")
-    if size == 0:
-        if kind not in ("word", "char"):
-            raise ValueError(f"text_model {kind!r} needs a size, for instance --text_vocab=1000")
-        size = 1 + len({piece for text in texts for piece in (
-            text.split() if kind == "word" else text.replace(" ", "_"))})
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_writer=model, model_type=kind, vocab_size=size, unk_id=0,
-            bos_id=-1, eos_id=-1, pad_id=-1, character_coverage=1.0, hard_vocab_limit=False, num_threads=1,
-            minloglevel=2)
-    except (RuntimeError, OSError) as error:
-        raise ValueError(f"sentencepiece could not train a {kind} model of {size} pieces: {error}") from None
-    return model.getvalue()
+    tokenizer.save(f"{folder}/audio_tokenizer.tmp")
+    os.replace(f"{folder}/audio_tokenizer.tmp", f"{folder}/audio_tokenizer")
 
 
 # ---- shards ------------------------------------------------------------------------------------------------
@@ -167,8 +150,8 @@ def train_text_model(texts, settings):
 def make_shard(job):
     """Tokenize some rows into the shard `name` of `folder`; its json, written last, marks it complete."""
     folder, name, rows, speakers, max_audio_s = job
-    tokenizer = Tokenizer.load(f"{folder}/tokenizer")
-    text_model = sentencepiece.SentencePieceProcessor(model_file=f"{folder}/text.model")
+    tokenizer = Tokenizer.load(f"{folder}/audio_tokenizer")
+    text_tokenizer = TextTokenizer.load(f"{folder}/text_tokenizer")
     codes, texts, index, kept, rejects = [], [], [], [], []
     frame, token = 0, 0
     for row in rows:
@@ -177,7 +160,7 @@ def make_shard(job):
         except ValueError as error:
             rejects.append((row["id"], str(error)))
             continue
-        text = np.array(text_model.encode(row["text"]), np.int32)
+        text = np.array(text_tokenizer.encode(row["text"]), np.int32)
         codes.append(code)
         texts.append(text)
         index.append((frame, len(code), token, len(text), speakers[row["speaker"]]))
@@ -227,11 +210,12 @@ def prepare(settings, root="data", n_process=None):
     splits = {split: [row for row in rows if row["split"] == split] for split in SPLITS}
     if not splits["train"]:
         raise ValueError(f"{manifest} has no training utterance")
-    if not os.path.exists(f"{folder}/tokenizer"):
+    if not os.path.exists(f"{folder}/audio_tokenizer"):
         fit_on(splits["train"], settings, folder)
-    if not os.path.exists(f"{folder}/text.model"):
+    if not os.path.exists(f"{folder}/text_tokenizer"):
         texts = [row["text"] for row in splits["train"]]
-        write_file(f"{folder}/text.model", train_text_model(texts, settings))
+        make_text_tokenizer(texts, settings["text_model"], settings["text_vocab"]).save(
+            f"{folder}/text_tokenizer")
     speakers = {name: i for i, name in enumerate(sorted({row["speaker"] for row in rows}))}
     names, jobs = {}, []
     for split, part in splits.items():
@@ -249,8 +233,8 @@ def prepare(settings, root="data", n_process=None):
 
 def finish(folder, settings, names, rejects, speakers):
     """Sum up the shards in dataset.json, list the rejects, and say what there is."""
-    tokenizer = Tokenizer.load(f"{folder}/tokenizer")
-    text_model = sentencepiece.SentencePieceProcessor(model_file=f"{folder}/text.model")
+    tokenizer = Tokenizer.load(f"{folder}/audio_tokenizer")
+    text_tokenizer = TextTokenizer.load(f"{folder}/text_tokenizer")
     counts = {}
     for split, shards in names.items():
         metas = [json.load(open(f"{folder}/{name}.json")) for name in shards]
@@ -262,10 +246,10 @@ def finish(folder, settings, names, rejects, speakers):
         raise ValueError(f"no training utterance is usable: {rejects[0][1]} "
                          f"(and {len(rejects) - 1} more rejects)")
     write_file(f"{folder}/rejects.tsv", "".join(f"{name}\t{reason}\n" for name, reason in rejects))
-    print(f"{len(speakers)} speakers, {text_model.vocab_size()} text tokens; {len(rejects)} rejects"
+    print(f"{len(speakers)} speakers, {text_tokenizer.n_text} text tokens; {len(rejects)} rejects"
           + (f", listed in {folder}/rejects.tsv" if rejects else ""))
     sizes = {"n_semantic": tokenizer.n_semantic, "n_acoustic": tokenizer.n_acoustic,
-             "n_level": tokenizer.n_level, "n_text": text_model.vocab_size()}
+             "n_level": tokenizer.n_level, "n_text": text_tokenizer.n_text}
     write_file(f"{folder}/dataset.json", json.dumps(
         {"version": VERSION, "settings": settings, "sizes": sizes, "frame_hz": tokenizer.frame_hz,
          "splits": counts, "rejects": len(rejects), "speakers": list(speakers)}, indent=1))
@@ -293,4 +277,5 @@ if __name__ == "__main__":
     try:
         print(prepare(*parse_settings(sys.argv[1:])))
     except ValueError as problem:
-        sys.exit(f"prepare.py: {problem}")
+        print(f"prepare.py: {problem}", file=sys.stderr)
+        sys.exit(2)

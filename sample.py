@@ -1,28 +1,33 @@
 """Sample: recognise, speak, continue.
 
-Ninth file of the reading order.
+Tenth file of the reading order.
   python sample.py out/numbers asr a.wav b.wav                                   one transcript a line
   python sample.py out/numbers tts "seven three five" --prompt voice.wav --out x.wav
   python sample.py out/numbers continue a.wav --out x.wav
   python sample.py out/numbers text "seven three"
+  python sample.py export out/numbers folder                 model, configuration and tokenizers, for others
+  python sample.py export out/numbers folder --text-only     a plain text LLM, for `transformers`
 Decoding follows the released models (ESPnet-SpeechLM, arXiv 2502.15218): the marker of the wanted modality is
 given, each stream may only choose its own ids, and after the end token N-1 more steps bring in the delayed
 acoustic tokens.
 """
 import argparse
 import os
+import shutil
 import sys
 
-import sentencepiece
 import soundfile
 import torch
 
+from convert import export_text, is_published
 from data import prompt_frames
+from heads import acoustic_logits, stream_logits
 from interleave import (
     EOS,
     PAD,
     SPEECH,
     TEXT,
+    Vocab,
     delay,
     generation_prefix,
     speech_codes,
@@ -30,8 +35,9 @@ from interleave import (
     text_frames,
 )
 from model import KVCache
-from parallel import load_model
+from parallel import load_model, save_model
 from tokenize_audio import Tokenizer, load_audio
+from tokenize_text import TOKENIZER_FILES, TextTokenizer, find_folder
 
 
 def pick(logits, temperature, top_k, generator=None):
@@ -67,7 +73,7 @@ def generate(model, vocab, prefixes, modality, max_frames, min_frames=1, tempera
     rows, streams = torch.arange(B, device=device), torch.arange(N, device=device)
     hidden = hidden[rows, known - 1]                                                        # (B, D)
 
-    own = vocab.streams[0] if modality == SPEECH else (vocab.text_start, vocab.size)
+    own = vocab.streams[0] if modality == SPEECH else vocab.text
     own = torch.arange(*own, device=device)
     allowed = torch.cat([torch.tensor([EOS], device=device), own])                          # of stream 0
     starts = torch.tensor([start for start, _ in vocab.streams], device=device)
@@ -76,12 +82,12 @@ def generate(model, vocab, prefixes, modality, max_frames, min_frames=1, tempera
     for step in range(max_frames + drain):
         t = known + step                                                    # (B,) the row to predict
         row = torch.full((B, N), PAD, device=device)
-        logits = model.logits(hidden, 0, allowed)
+        logits = stream_logits(model, hidden, 0, allowed)
         if step < min_frames:
             logits[:, 0] = -torch.inf
         row[:, 0] = allowed[pick(logits, temperature, top_k, generator)]
         if modality == SPEECH and N > 1:
-            codes = pick(model.acoustic_logits(hidden), acoustic_temperature, top_k, generator)     # (B, N-1)
+            codes = pick(acoustic_logits(model, hidden), acoustic_temperature, top_k, generator)    # (B, K)
             row[:, 1:] = codes + starts[1:]
         eos = torch.where((row[:, 0] == EOS) & (t < eos), t, eos)
         frame = t[:, None] - streams                                                        # (B, N)
@@ -103,20 +109,42 @@ class Speaker:
 
     def __init__(self, run, device="cpu"):
         self.model, self.config, self.vocab, self.state = load_model(run, device)
-        self.run = run if os.path.isdir(f"{run}/tokenizer") else os.path.dirname(os.path.abspath(run))
-        self.tokenizer = Tokenizer.load(f"{self.run}/tokenizer")
-        self.text_model = sentencepiece.SentencePieceProcessor(model_file=f"{self.run}/text.model")
+        self.run, self.tokenizer = run, None
+        if is_published(run):           # its text tokenizer is the base LLM's; audio tokenizers are elsewhere
+            beside = os.path.exists(f"{run}/tokenizer.json")
+            folder = run if beside else find_folder(self.config.init_from, TOKENIZER_FILES)
+            self.text_tokenizer = TextTokenizer.load(folder)
+            return
+        if not os.path.isdir(f"{run}/text_tokenizer"):
+            self.run = os.path.dirname(os.path.abspath(run))                # from a checkpoint's to its run's
+        self.text_tokenizer = TextTokenizer.load(f"{self.run}/text_tokenizer")
+        if os.path.isdir(f"{self.run}/audio_tokenizer"):
+            self.tokenizer = t = Tokenizer.load(f"{self.run}/audio_tokenizer")
+            whole = Vocab(t.n_semantic, t.n_acoustic, t.n_level, self.vocab.n_text)
+            _, self.columns = whole.only(self.config.token_streams)
+
+    def encode(self, wav):
+        """wav (n,) at 16 kHz -> codes (T, N) of the streams that the model has."""
+        if self.tokenizer is None:
+            raise ValueError(f"{self.run} came without an audio tokenizer: it reads and writes text only")
+        return self.tokenizer.encode(wav)[:, self.columns]
+
+    def decode(self, codes):
+        """codes (T, N) -> wav (n,) at 16 kHz."""
+        if self.tokenizer is None or self.config.token_streams == "semantic":
+            raise ValueError(f"{self.run} has no acoustic tokens: what it says has no sound")
+        return self.tokenizer.decode(codes)
 
     def max_speech(self):
-        return int(self.config.max_speech_s * self.tokenizer.frame_hz)
+        return int(self.config.max_speech_s * Tokenizer.frame_hz)
 
     def text(self, frames):
-        return self.text_model.decode((frames[:, 0] - self.vocab.text_start).tolist())
+        return self.text_tokenizer.decode((frames[:, 0] - self.vocab.text_start).tolist())
 
     def ids(self, text):
         if not text.strip():
             raise ValueError("the text is empty")
-        return text_frames(self.vocab, self.text_model.encode(text))
+        return text_frames(self.vocab, self.text_tokenizer.encode(text))
 
     def transcribe(self, codes, batch=50):
         """Recognition, greedy: [codes (T, N)] -> [text], of at most T / 4 + 8 tokens."""
@@ -164,7 +192,40 @@ class Speaker:
         return f"{text} {self.text(frames)}".strip()
 
 
+def export(run, folder, text_only=False):
+    """Write a folder to hand on: all of the model and its tokenizers, which sample.py and eval.py read again;
+    or, text_only, the LLM that is left without speech, in Hugging Face's form."""
+    if os.path.exists(folder):
+        raise ValueError(f"{folder} is there already: name a new folder")
+    speaker, beside = Speaker(run), folder.rstrip("/") + ".tmp"
+    shutil.rmtree(beside, ignore_errors=True)
+    os.makedirs(beside)
+    if text_only:
+        bias = export_text(speaker.model, beside)
+        for name, content in speaker.text_tokenizer.files.items():
+            if name != "config.json":
+                with open(f"{beside}/{name}", "wb") as f:
+                    f.write(content)
+        if bias:
+            print(f"left out: the head_emb of stream 0, which moves a logit by up to {bias:.3g}")
+    else:
+        state = {name: value for name, value in speaker.state.items() if name not in ("vocab", "data")}
+        save_model(beside, speaker.config, speaker.vocab, speaker.model, state)
+        speaker.text_tokenizer.save(f"{beside}/text_tokenizer")
+        if speaker.tokenizer:
+            speaker.tokenizer.save(f"{beside}/audio_tokenizer")
+    os.rename(beside, folder.rstrip("/"))
+    print(f"{folder}: {', '.join(sorted(os.listdir(folder)))}")
+
+
 def main():
+    if sys.argv[1:2] == ["export"]:
+        parser = argparse.ArgumentParser(prog="sample.py export", description=export.__doc__)
+        parser.add_argument("run", help="folder of a run, of a checkpoint, or of a published OpusLM")
+        parser.add_argument("folder", help="a new folder")
+        parser.add_argument("--text-only", action="store_true", help="a plain LLM for `transformers`")
+        args = parser.parse_args(sys.argv[2:])
+        return export(args.run, args.folder, args.text_only)
     about, examples = __doc__.split("\n")[0], __doc__.split("reading order.")[1]
     parser = argparse.ArgumentParser(description=about, epilog=examples,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -183,7 +244,7 @@ def main():
         if getattr(args, name) is not None:
             setattr(speaker.config, name, getattr(args, name))
     generator = torch.Generator().manual_seed(args.seed)
-    read = lambda path: speaker.tokenizer.encode(load_audio(path))
+    read = lambda path: speaker.encode(load_audio(path))
     if args.task == "asr":
         for text in speaker.transcribe([read(path) for path in args.input]):
             print(text)
@@ -197,8 +258,8 @@ def main():
             given = read(args.input[0])
             new, ended = speaker.continue_speech(given, generator)
             codes = torch.cat([torch.from_numpy(given), new])
-        soundfile.write(args.out, speaker.tokenizer.decode(codes), Tokenizer.sample_rate)
-        print(f"{args.out}: {len(codes) / speaker.tokenizer.frame_hz:.2f} s, "
+        soundfile.write(args.out, speaker.decode(codes), Tokenizer.sample_rate)
+        print(f"{args.out}: {len(codes) / Tokenizer.frame_hz:.2f} s, "
               + ("ended by itself" if ended else f"cut after {speaker.config.max_speech_s:g} s, no end came"))
 
 
@@ -206,4 +267,5 @@ if __name__ == "__main__":
     try:
         main()
     except ValueError as problem:
-        sys.exit(f"sample.py: {problem}")
+        print(f"sample.py: {problem}", file=sys.stderr)
+        sys.exit(2)

@@ -1,10 +1,10 @@
 """Audio to tokens and back: wav -> (T, N) codes at 50 Hz -> wav.
 
-Third file of the reading order; it imports nothing of ours. The tokenizer below is fitted on a corpus in
+Fourth file of the reading order; it imports nothing of ours. The tokenizer below is fitted on a corpus in
 seconds, without pretrained weights, and has the two kinds of tokens of OpusLM (arXiv 2506.17611, section 2):
   semantic   what is said: k-means clusters of features from which the speaker has been removed
   acoustic   how it sounds: residual vector quantisation of the log-mel spectrum, 8 levels, coarse to fine
-Hear what the tokens keep:  python tokenize_audio.py out/numbers/tokenizer in.wav out.wav
+Hear what the tokens keep:  python tokenize_audio.py out/numbers/audio_tokenizer in.wav out.wav
 """
 import json
 import os
@@ -243,20 +243,20 @@ class Tokenizer:
     def save(self, folder):
         os.makedirs(folder, exist_ok=True)
         arrays = {name: array.numpy() for name, array in self.arrays.items()}
-        save_file(arrays, f"{folder}/tokenizer.safetensors")
-        with open(f"{folder}/tokenizer.json", "w") as f:
+        save_file(arrays, f"{folder}/codebooks.safetensors")
+        with open(f"{folder}/audio_tokenizer.json", "w") as f:
             json.dump({"kind": "builtin", "version": VERSION, "switch_penalty": self.switch_penalty}, f)
 
     @classmethod
     def load(cls, folder):
-        if not os.path.exists(f"{folder}/tokenizer.json"):
+        if not os.path.exists(f"{folder}/audio_tokenizer.json"):
             raise ValueError(f"{folder} holds no audio tokenizer: run prepare.py first")
-        with open(f"{folder}/tokenizer.json") as f:
+        with open(f"{folder}/audio_tokenizer.json") as f:
             meta = json.load(f)
         if meta["version"] != VERSION:
             raise ValueError(f"{folder}: tokenizer version {meta['version']}, we read {VERSION}: "
                              "run prepare.py again")
-        arrays = load_file(f"{folder}/tokenizer.safetensors")
+        arrays = load_file(f"{folder}/codebooks.safetensors")
         return cls({name: torch.from_numpy(array) for name, array in arrays.items()}, meta["switch_penalty"])
 
 

@@ -1,6 +1,6 @@
 """Train: the one loop.
 
-Eighth file of the reading order.
+Ninth file of the reading order.
   python train.py configs/numbers.py                       the whole main job: prepare, train, evaluate
   python train.py configs/numbers.py --max_steps=20 --out_dir=out/try --corpus_utterances=200
   python train.py configs/numbers.py --resume              go on from the newest checkpoint
@@ -22,26 +22,34 @@ from tqdm import tqdm
 import prepare
 from config import load_config, save_config
 from data import Dataset, Loader
-from model import batch_loss, mean_losses
+from heads import batch_loss, mean_losses
+from interleave import Vocab
 from muon import Muon
 from parallel import (
+    checkpoint_weights,
     checkpoints,
     compute_dtype,
+    empty_model,
+    fill,
     load_optimizers,
-    load_weights,
     make_model,
+    newest,
     read_state,
     save_checkpoint,
     start_workers,
+    starting_vocab,
+    starting_weights,
     sum_gradients,
     total,
 )
+from tokenize_text import KINDS, make_text_tokenizer
 
 
 def learning_rate(config, step):
-    """Factor on the peak rate: linear warmup, constant, linear decay to zero at max_steps."""
+    """Factor on the peak rate: linear warmup, constant, linear decay to final_lr at max_steps."""
     warmup, decay = config.warmup * config.max_steps, config.decay * config.max_steps
-    return min(1.0, (step + 1) / max(warmup, 1), (config.max_steps - step) / max(decay, 1))
+    left = min(1.0, (config.max_steps - step) / max(decay, 1))
+    return min((step + 1) / max(warmup, 1), config.final_lr + (1 - config.final_lr) * left)
 
 
 def make_optimizers(config, model, dtype):
@@ -69,10 +77,21 @@ def held_out_losses(model, loader, config, rank, world, n_batch=4):
     for step in range(n_batch):
         _, part = batch_loss(model, loader.batch(step, range(rank, config.batch_rows, world)), config.softmax)
         sums = part if sums is None else [a + b for a, b in zip(sums, part)]
-    return mean_losses(total(sums))
+    return mean_losses(total(sums), loader.vocab.stream_names)
 
 
-def check(config, dataset, world):
+def check_start(config):
+    """Look at what `init_from` names before hours go into preparing data for it."""
+    if config.init_from and not newest(config.init_from):
+        if config.text_model in KINDS:
+            raise ValueError(f"{config.init_from} has its own text tokens: set text_model='base'")
+        n_text = make_text_tokenizer([], config.text_model, 0).n_text
+        vocab = Vocab(config.n_semantic, config.n_acoustic, config.n_level, n_text)
+        vocab, _ = vocab.only(config.token_streams)
+        starting_weights(config, starting_vocab(config.init_from, vocab))
+
+
+def check(config, dataset, world, resume=False):
     """Whatever can be wrong with a run, found before its workers start; ValueError says what to change."""
     if config.batch_rows % (world * config.grad_accum):
         raise ValueError(f"batch_rows={config.batch_rows} can't be shared by {world} workers "
@@ -83,35 +102,42 @@ def check(config, dataset, world):
     make_loader(config, dataset).plan(0)
     with torch.device("meta"):
         make_model(config, dataset.vocab)
+    if config.init_from and not resume:
+        starting_weights(config, dataset.vocab)
 
 
 def train(config, folder, resume=False):
     """Train on the prepared data in `folder`, from scratch or from the newest checkpoint in out_dir."""
     rank, world, device = start_workers()
     say = print if rank == 0 else (lambda *_, **__: None)
-    dataset = Dataset(folder, "train", verify=rank == 0)
-    check(config, dataset, world)
-    seen = Dataset(folder, "seen")
+    dataset, seen = (Dataset(folder, split, rank == 0, config.token_streams) for split in ("train", "seen"))
+    found = checkpoints(config.out_dir)
+    start = found[-1] if resume and found else config.init_from
+    dataset.vocab = seen.vocab = starting_vocab(start, dataset.vocab)
+    check(config, dataset, world, resume and found)
     held_out = make_loader(config, seen) if config.eval_every and len(seen) else None
     dtype = compute_dtype(config.dtype, device)
-    model = make_model(config, dataset.vocab, dtype).to(device)
-    model.init_weights(torch.Generator(device).manual_seed(config.seed))
+    model = empty_model(config, dataset.vocab, dtype, device)
     optimizers = make_optimizers(config, model, dtype)
     os.makedirs(config.out_dir, exist_ok=True)
     step, frames, seconds = 0, 0, 0.0
-    found = checkpoints(config.out_dir)
     if resume and found:
-        load_weights(found[-1], model)
+        fill(model, checkpoint_weights(found[-1], model))
         load_optimizers(found[-1], optimizers)
         state = read_state(found[-1])
         step, frames, seconds = state["step"], state["frames"], state["seconds"]
         say(f"resuming {found[-1]}")
     elif found:
         raise ValueError(occupied(config.out_dir))
+    elif config.init_from:
+        fill(model, starting_weights(config, dataset.vocab))
+        say(f"weights of {config.init_from}")
+    else:
+        model.init_weights(torch.Generator(device).manual_seed(config.seed))
     if rank == 0:
         save_config(config, f"{config.out_dir}/config.json")
-        shutil.copytree(f"{folder}/tokenizer", f"{config.out_dir}/tokenizer", dirs_exist_ok=True)
-        shutil.copy(f"{folder}/text.model", config.out_dir)         # the run's folder is enough for sample.py
+        for name in ("audio_tokenizer", "text_tokenizer"):      # the run's folder is enough for sample.py
+            shutil.copytree(f"{folder}/{name}", f"{config.out_dir}/{name}", dirs_exist_ok=True)
         log = trimmed_log(f"{config.out_dir}/out.jsonl", step)
     params = list(model.parameters())
     say(f"{sum(p.numel() for p in params) / 1e6:.2f}M parameters, {world} worker(s) on {device.type}, "
@@ -150,8 +176,8 @@ def train(config, folder, resume=False):
         bar.update()
 
         if step % config.log_every == 0 or step == config.max_steps:
-            row = {"step": step, **mean_losses(recent), "lr": factor * config.lr, "grad_norm": norm,
-                   "frames_per_second": frames / seconds, "seconds": seconds}
+            row = {"step": step, **mean_losses(recent, dataset.vocab.stream_names), "lr": factor * config.lr,
+                   "grad_norm": norm, "frames_per_second": frames / seconds, "seconds": seconds}
             recent = None
             shown = [name for name in ("text", "semantic", "acoustic1", "acoustic8") if name in row]
             bar.set_postfix_str(" ".join(f"{name}={row[name]:.2f}" for name in shown))
@@ -234,13 +260,17 @@ def run_step(name, command, peak):
         done.set()
         watcher.join()
     if code:
-        sys.exit(f"train.py: {name} failed (exit code {code}); its message is above")
+        print(f"train.py: {name} failed (exit code {code}); its message is above", file=sys.stderr)
+        sys.exit(max(code, 1))
     return time.time() - began
 
 
-def whole_job(config, arguments, settings):
+def whole_job(config, arguments, settings, resume):
     """Prepare the data where missing, train with one process per core, evaluate, and say what is where."""
     here, peak, seconds = os.path.dirname(os.path.abspath(__file__)), [0.0], {"prepare": 0.0}
+    found = resume and checkpoints(config.out_dir)
+    if not found:
+        check_start(config)
     folder = prepare.data_folder(config.data_dir, settings)
     if not prepare.is_prepared(folder):
         flags = [f"--{name}={value}" for name, value in settings.items()] + [f"--data_dir={config.data_dir}"]
@@ -248,7 +278,9 @@ def whole_job(config, arguments, settings):
     workers = config.workers or torch.cuda.device_count() or min(os.cpu_count() or 1, config.batch_rows)
     while workers > 1 and config.batch_rows % (workers * config.grad_accum) and not config.workers:
         workers -= 1
-    check(config, Dataset(folder, "train"), workers)
+    dataset = Dataset(folder, "train", token_streams=config.token_streams)
+    dataset.vocab = starting_vocab(found[-1] if found else config.init_from, dataset.vocab)
+    check(config, dataset, workers, found)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={workers}"]
     launch = launch if workers > 1 else [sys.executable]
     seconds["train"] = run_step("training", [*launch, f"{here}/train.py", "--worker", *arguments], peak)
@@ -291,11 +323,12 @@ def main(arguments):
     else:
         if checkpoints(config.out_dir) and not resume:
             raise ValueError(occupied(config.out_dir))
-        whole_job(config, arguments, settings)
+        whole_job(config, arguments, settings, resume)
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except ValueError as problem:
-        sys.exit(f"train.py: {problem}")
+        print(f"train.py: {problem}", file=sys.stderr)
+        sys.exit(2)

@@ -1,9 +1,15 @@
 """Claim: a setting is known and of its type, or the error names the closest; flags stack on files and win."""
+import dataclasses
+
 import pytest
+import torch
 from conftest import ROOT
 
 import prepare
 from config import Config, check, load_config, read_config, save_config
+from convert import KNOWN_BODIES
+from interleave import Vocab
+from parallel import make_model
 
 
 def test_flags_win_over_the_file(tmp_path):
@@ -30,3 +36,29 @@ def test_every_config_file_is_valid_and_prepare_shares_our_names():
     for name, default in prepare.SETTINGS.items():
         ours = getattr(Config(), name)
         assert check(name, default) == ours, f"{name} differs between prepare.SETTINGS and Config"
+
+
+@pytest.mark.parametrize("name, n_text, size", [
+    ("135m", 49152, 178.4), ("360m", 49152, 435.0), ("1.7b", 49152, 1867.4), ("7b", 100352, 7409.4)])
+def test_the_four_sizes_have_the_published_parameter_counts(name, n_text, size):
+    """In millions, with the vocabulary of the published checkpoints; built without memory."""
+    config = load_config([str(ROOT / f"configs/{name}.py")])
+    with torch.device("meta"):
+        vocab = Vocab(config.n_semantic, config.n_acoustic, config.n_level, n_text, n_tail=70)
+        model = make_model(config, vocab)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == size
+    body = KNOWN_BODIES[config.n_layer, config.d_model]
+    assert body == {field: getattr(config, field) for field in body}
+    assert 0.9e6 < config.batch_rows * config.row_frames < 1.1e6 and config.text_model == config.init_from
+
+
+@pytest.mark.parametrize("name, change", [
+    ("batch4m", {"batch_rows", "grad_accum", "max_steps"}), ("semantic", {"token_streams"}),
+    ("acoustic", {"token_streams"}), ("text_ood", {"corpus"})])
+def test_an_ablation_differs_from_its_parent_in_one_thing(name, change):
+    parent, config = (load_config([str(ROOT / f"configs/1.7b{part}.py")]) for part in ("", f"_{name}"))
+    fields = [field.name for field in dataclasses.fields(config)]
+    differing = {field for field in fields if getattr(config, field) != getattr(parent, field)}
+    assert differing == change | {"out_dir"}
+    frames = [c.batch_rows * c.row_frames * c.max_steps for c in (parent, config)]
+    assert frames[0] == frames[1], "what differs, differs at equal frames"

@@ -5,13 +5,15 @@ import pytest
 import torch
 from conftest import shared_folder
 
-from interleave import training_example
-from model import KVCache, Model, ModelConfig, attend_dense, attend_documents
+from heads import token_losses
+from interleave import delay, training_example
+from model import KVCache, Model, ModelConfig, attend_dense, attend_documents, from_published, to_published
 
 
 @pytest.fixture(scope="module")
 def model(toy):
-    config = ModelConfig(toy.size, toy.streams, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=64)
+    config = ModelConfig(toy.size, toy.streams, toy.text, n_layer=2,
+                          n_head=4, n_kv_head=2, d_model=32, d_ff=64)
     model = Model(config).init_weights(torch.Generator().manual_seed(0))
     torch.nn.init.normal_(model.head_emb, generator=torch.Generator().manual_seed(1))
     return model
@@ -77,7 +79,7 @@ def naive_losses(model, hidden, targets, weight, modality, scope, vocab):
     S, N = targets.shape
     losses = torch.zeros(S, N)
     for n in range(N):
-        logits = (hidden + model.head_emb[n]) @ model.lm_head.T             # (S, V)
+        logits = (hidden + (n > 0) * model.head_emb[n]) @ model.lm_head.T   # (S, V)
         for s in range(S):
             allowed = torch.zeros(vocab.size, dtype=torch.bool)
             if n > 0:
@@ -100,59 +102,65 @@ def test_both_softmax_scopes_match_the_naive_loss(toy, toy_example, model, scope
     inputs, targets, weight, modality = (torch.cat(part) for part in zip(*documents(toy, toy_example)))
     with torch.no_grad():
         hidden = model(inputs, [len(inputs)])
-        fast = model.token_losses(hidden, targets, weight, modality, scope)
+        fast = token_losses(model, hidden, targets, weight, modality, scope)
         torch.testing.assert_close(fast, naive_losses(model, hidden, targets, weight, modality, scope, toy))
 
 
 def test_pad_adds_nothing_and_learns_nothing(toy, toy_example, model):
     inputs, targets, weight, modality = documents(toy, toy_example)[0]
-    losses = model.token_losses(model(inputs, [len(inputs)]), targets, weight, modality, "grammar")
+    losses = token_losses(model, model(inputs, [len(inputs)]), targets, weight, modality, "grammar")
     gradient, = torch.autograd.grad((losses * weight).sum(), model.emb)
     assert (gradient[0] == 0).all() and (model.emb[0] == 0).all() and gradient.abs().sum() > 0
 
 
-def test_losses_and_gradients_are_those_of_espnets_own_code():
-    """Golden vectors: a two-layer Llama with ESPnet's delay, loss and gradients."""
+def golden():
     folder = shared_folder()
     if not folder:
         pytest.skip("no golden vectors here")
     from safetensors.torch import load_file
-    golden = load_file(folder / "golden/espnet_llama.safetensors")
-    about = json.load(open(folder / "golden/espnet_llama.json"))
-    body, codec, size = about["body"], about["token_bias"]["codec"][0], about["codec_size"]
-    streams = [tuple(about["token_bias"]["ssl"])]
-    streams += [(codec + size * k, codec + size * (k + 1)) for k in range(8)]
-    sizes = {k: body[k] for k in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "rope_theta")}
-    model = Model(ModelConfig(len(golden["corelm.emb.weight"]), streams, norm_eps=body["rms_norm_eps"],
-                              **sizes))
-    names = {"emb": "emb.weight", "lm_head": "lm_head.weight", "head_emb": "head_emb.weight",
-             "norm.weight": "decoders.model.norm.weight"}
-    for name, _ in model.named_parameters():
-        if name.startswith("blocks."):
-            _, i, rest = name.split(".", 2)
-            rest = rest.replace("attn_norm", "input_layernorm")
-            rest = rest.replace("mlp_norm", "post_attention_layernorm")
-            part = "mlp." if rest.split("_")[0] in ("gate", "up", "down") else "self_attn."
-            place = "" if "layernorm" in rest else part
-            names[name] = f"decoders.model.layers.{i}.{place}{rest}"
-    state = {name: golden["corelm." + names[name]] for name in names}
-    model.load_state_dict(state | {"head_emb": state["head_emb"][:9]})
-    delayed, targets = golden["delayed"].long(), golden["targets"].long()
-    B, T, N = targets.shape
-    weights = torch.zeros(model.config.vocab_size)
-    for kind, (start, end) in about["token_bias"].items():
-        weights[start:end] = about["modality_weights"][kind]
-    weights[0] = 0
-    mask = golden["loss_mask"].bool().flatten(0, 1)
-    weight = weights[targets].flatten(0, 1) * mask
-    hidden = model(delayed[:, :-1].flatten(0, 1), [T] * B)
-    expected = golden["hidden"].flatten(0, 1)
-    torch.testing.assert_close(hidden[:, None] + model.head_emb, expected, rtol=1e-3, atol=1e-4)
-    losses = model.token_losses(hidden, targets.flatten(0, 1), weight, torch.zeros(B * T), "original")
-    loss = (losses * weight).sum() / (weight[:, 0] > 0).sum()
-    torch.testing.assert_close(loss, golden["loss"][0], rtol=1e-4, atol=1e-5)
-    loss.backward()
-    for name, p in model.named_parameters():
-        expected = golden["grad.corelm." + names[name]]
-        expected = expected[:9] if name == "head_emb" else expected
-        torch.testing.assert_close(p.grad, expected, rtol=2e-3, atol=1e-5)
+    tensors = load_file(folder / "golden/espnet_llama.safetensors")
+    return tensors, json.load(open(folder / "golden/espnet_llama.json"))
+
+
+@pytest.mark.parametrize("layout", ["flat", "with an aux head, wrapped"])
+def test_losses_and_gradients_are_those_of_espnets_own_code(layout):
+    """Golden vectors: a two-layer Llama with ESPnet's delay, loss and gradients.
+
+    The older layout keeps the codec rows in a matrix of their own; those of lm_head are then anything.
+    """
+    tensors, about = golden()
+    state = {name: tensor for name, tensor in tensors.items() if name.startswith("corelm.")}
+    if layout != "flat":
+        rows = slice(*about["token_bias"]["codec"])
+        aux = state["corelm.lm_head.weight"][rows].clone()
+        state["corelm.lm_head.weight"] = state["corelm.lm_head.weight"].clone()
+        state["corelm.lm_head.weight"][rows] = 0
+        state |= {"corelm.aux_lm_head.weight": aux, "criterion.aux_lm_head.weight": aux,
+                  "criterion.lm_head.weight": state["corelm.lm_head.weight"]}
+        state = {"module": state}
+    model = from_published(state, about["body"], about["token_bias"])
+    tokens, mask = tensors["tokens"].long(), tensors["mask"]
+    assert torch.equal(delay(tokens), tensors["delayed"].long())
+    ours = model.published_loss(tokens, mask, about["modality_weights"])
+    assert torch.equal(ours["element_loss"] > 0, tensors["loss_mask"] > 0)
+    torch.testing.assert_close(ours["element_loss"], tensors["element_loss"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours["loss"], tensors["loss"][0], rtol=1e-5, atol=0)
+    delayed = delay(tokens)[:, :-1]
+    hidden = model(delayed.flatten(0, 1), [delayed.shape[1]] * len(delayed))[:, None] + model.head_emb
+    torch.testing.assert_close(hidden, tensors["hidden"].flatten(0, 1), rtol=1e-4, atol=1e-4)
+    ours["loss"].backward()
+    for name, grad in to_published({name: p.grad for name, p in model.named_parameters()}).items():
+        expected = tensors["grad." + name][:len(grad)]
+        assert (grad - expected).norm() < 1e-3 * expected.norm(), name
+
+
+def test_published_layouts_that_do_not_fit_are_explained():
+    tensors, about = golden()
+    state = {name: tensor for name, tensor in tensors.items() if name.startswith("corelm.")}
+    head = state["corelm.lm_head.weight"]
+    for change, message in (({"corelm.lm_head.weight": head[:5]}, r"corelm.lm_head.weight is \(5, 64\)"),
+                            ({"corelm.lm_head.weight": None}, "corelm.lm_head.weight is missing"),
+                            ({"corelm.adapter.weight": head[:7]}, "corelm.adapter.weight is unknown")):
+        broken = {name: tensor for name, tensor in (state | change).items() if tensor is not None}
+        with pytest.raises(ValueError, match=message):
+            from_published(broken, about["body"], about["token_bias"])

@@ -11,6 +11,7 @@ import prepare
 from data import Dataset
 from spoken_numbers import cardinal, digits, is_evaluation_text, plan_corpus, speakers
 from tokenize_audio import Tokenizer, load_audio
+from tokenize_text import TextTokenizer, make_text_tokenizer
 
 
 def test_numbers_in_words():
@@ -36,14 +37,14 @@ def test_evaluation_texts_and_voices_are_never_trained_on(seed):
 
 def test_shards_hold_what_the_tokenizers_said(tiny_data):
     """An utterance read back from its shard has the codes and the text of its own audio and transcript."""
-    dataset, tokenizer = Dataset(tiny_data, "train", verify=True), Tokenizer.load(f"{tiny_data}/tokenizer")
+    dataset = Dataset(tiny_data, "train", verify=True)
+    tokenizer = Tokenizer.load(f"{tiny_data}/audio_tokenizer")
     assert len(dataset) == 150
     for i in (0, 77, 149):
         codes, text, speaker = dataset[i]
         assert np.array_equal(codes, tokenizer.encode(load_audio(dataset.info["audio"][i])))
-        import sentencepiece
-        model = sentencepiece.SentencePieceProcessor(model_file=f"{tiny_data}/text.model")
-        assert model.decode(text.tolist()) == dataset.info["text"][i]
+        model = TextTokenizer.load(f"{tiny_data}/text_tokenizer")
+        assert model.decode(text) == dataset.info["text"][i]
         assert len(text) == len(dataset.info["text"][i].split()), "whole words are the text tokens of numbers"
 
 
@@ -142,4 +143,4 @@ def test_wrong_settings_are_explained(flags, message, tiny_data, tmp_path):
     with pytest.raises(ValueError, match=message):
         settings, _ = prepare.parse_settings(flags)
         prepare.data_folder(str(tmp_path), settings)
-        prepare.train_text_model(["one two", "two"], settings)
+        make_text_tokenizer(["one two", "two"], settings["text_model"], settings["text_vocab"])

@@ -28,7 +28,7 @@ def in_small(command, flags):
     if "train.py" in words or "prepare.py" in words:
         known = [*prepare.SETTINGS, "data_dir"]
         flags = flags if "train.py" in words else [f for f in flags if f[2:].split("=")[0] in known]
-        words += [*flags] + ["--text_vocab=40"] * ("--text_model=bpe" in words)
+        words += [*flags] + ["--text_vocab=290"] * ("--text_model=bpe" in words)
     return [sys.executable, *launch, *words]
 
 

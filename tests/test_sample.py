@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT
 
 from data import Dataset
+from heads import stream_logits
 from interleave import EOS, PAD, SPEECH, TEXT, delay, generation_prefix, speech_codes
 from model import Model, ModelConfig
 from sample import Speaker, generate, pick
@@ -15,7 +16,8 @@ from sample import Speaker, generate, pick
 
 @pytest.fixture(scope="module")
 def model(toy):
-    config = ModelConfig(toy.size, toy.streams, n_layer=2, n_head=2, n_kv_head=1, d_model=32, d_ff=64)
+    config = ModelConfig(toy.size, toy.streams, toy.text, n_layer=2,
+                          n_head=2, n_kv_head=1, d_model=32, d_ff=64)
     return Model(config).init_weights(torch.Generator().manual_seed(0)).requires_grad_(False)
 
 
@@ -47,7 +49,8 @@ def test_greedy_decoding_is_the_argmax_of_the_full_forward(toy, toy_example, mod
         for t in range(len(frames)):
             for n, (start, end) in enumerate(toy.streams):
                 row = len(prefix) + t + n - 1                       # predicts the delayed row of this token
-                assert frames[t, n] == start + model.logits(hidden[row], n, slice(start, end)).argmax()
+                logits = stream_logits(model, hidden[row], n, slice(start, end))
+                assert frames[t, n] == start + logits.argmax()
 
 
 def test_continuing_speech_keeps_the_acoustic_tokens_that_were_due(toy, toy_example, model):
@@ -92,4 +95,4 @@ def test_the_command_line_speaks_and_listens(tiny_run, tiny_data, tmp_path):
                                (("asr", "none.wav"), "no such file"),
                                (("tts", " ", "--prompt", voice), "text is empty")):
         failed = call(*arguments)
-        assert failed.returncode == 1 and message in failed.stderr and "Traceback" not in failed.stderr
+        assert failed.returncode == 2 and message in failed.stderr and "Traceback" not in failed.stderr

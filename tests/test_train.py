@@ -10,6 +10,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 from config import load_config
+from eval import evaluate
 from muon import Muon, orthogonalise
 from parallel import checkpoints, load_model
 from train import learning_rate, train
@@ -64,6 +65,18 @@ def test_two_workers_are_one(reference, tiny_flags, tmp_path):
     for row, other in zip(log, reference[1]):
         assert row["semantic"] == pytest.approx(other["semantic"], rel=1e-5)
     assert "held_out" in log[2]
+
+
+@pytest.mark.parametrize("half, streams", [("semantic", 1), ("acoustic", 8)])
+def test_half_of_the_tokens_trains_and_evaluates(half, streams, tiny_data, tiny_flags, tmp_path):
+    """The ablations need no data of their own; semantic tokens alone have no sound, and are not asked for it."""
+    flags = (f"--token_streams={half}", "--max_steps=2", "--tts_utterances=2", "--max_speech_s=0.5")
+    run(tiny_data, tiny_flags, str(tmp_path), *flags)
+    results = evaluate(str(tmp_path))
+    assert load_model(str(tmp_path))[2].n_stream == streams
+    assert results["tts"]["own_asr"]["n"] == (0 if half == "semantic" else 2)
+    names = {name for name in results["perplexity"]["seen"] if name not in ("text", "special")}
+    assert names == ({"semantic"} if half == "semantic" else {f"acoustic{k}" for k in range(1, 9)})
 
 
 def test_bfloat16_follows_float32(reference, tiny_data, tiny_flags, tmp_path):
@@ -130,4 +143,4 @@ def test_the_main_command_in_small(tmp_path, tiny_data, tiny_flags):
     for flag, message in (("--max_steps=20", "add --resume"), (f"--out_dir={out}2", "unknown task 'sing'")):
         wrong = [*command, flag, "--mixture={'sing': 1}"]
         again = subprocess.run(wrong, capture_output=True, text=True)
-        assert again.returncode == 1 and message in again.stderr and "Traceback" not in again.stderr
+        assert again.returncode == 2 and message in again.stderr and "Traceback" not in again.stderr
