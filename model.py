@@ -286,6 +286,8 @@ def to_published(tensors):
             f"corelm.decoders.model.{body_name(name)}": tensor for name, tensor in tensors.items()}
 
 
+Model.to_published = staticmethod(to_published)
+
 def published_weights(state, config, codec):
     """The tensors of ESPnet's layout {"corelm.*": tensor} as {our name: tensor}; an error names the misfits.
 

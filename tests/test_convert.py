@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -13,12 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from config import Config, load_config
 from convert import export_text
+from data import Dataset
 from heads import stream_logits, token_losses
 from interleave import SPECIAL, TEXT, Vocab, text_frames
 from model import KVCache
 from parallel import empty_model, fill, load_model, starting_weights
 from sample import generate
 from tokenize_text import TextTokenizer, find_folder, make_text_tokenizer
+from train import train
 
 BODIES = {      # model_type, query heads, key-value heads, tied
     "llama-gqa": ("llama", 4, 2, False), "llama-mha-tied": ("llama", 4, 4, True),
@@ -148,17 +151,18 @@ def test_the_command_line_says_it_in_one_line_and_leaves_with_2(tmp_path):
 NAMES = {i: name for name, i in SPECIAL.items()}
 
 
-def published_folder(folder, renumbered=False):
+def published_folder(folder, renumbered=False, vocab=VOCAB):
     """An OpusLM checkpoint in small, as its authors save it. Returns its tensors and where their rows are."""
     theirs, config = small_llm("llama-gqa", folder)
+    n_semantic, n_acoustic, n_text = vocab.n_semantic, vocab.n_acoustic, vocab.n_text
     for path in pathlib.Path(folder).glob("*.safetensors*"):
         path.unlink()                                       # config.json stays, to say what the body is
     specials = [NAMES.get(i, f"<unused_token_{i}>") for i in range(256)]
     if renumbered:                                          # as later ESPnet did with its task ids
         specials[80], specials[66] = specials[66], specials[80]
-    blocks = {"special_token": specials, "ssl": [f"<ssl_code{i + 1}>" for i in range(10)],
-              "codec": [f"<codec_layer{k}_code{c}>" for k in range(8) for c in range(8)],
-              "text_bpe": [f"t{i}" for i in range(96)], "g2p": ["<p>"] * 6}
+    blocks = {"special_token": specials, "ssl": [f"<ssl_code{i + 1}>" for i in range(n_semantic)],
+              "codec": [f"<codec_layer{k}_code{c}>" for k in range(8) for c in range(n_acoustic)],
+              "text_bpe": [f"t{i}" for i in range(n_text)], "g2p": ["<p>"] * 6}
     order = ["special_token", "codec", "ssl", "text_bpe", "g2p"] if renumbered else list(blocks)
     token_list, bias = [], {}
     for name in order:
@@ -171,7 +175,7 @@ def published_folder(folder, renumbered=False):
     state |= {f"corelm.{name}.weight": torch.randn(rows, D, generator=g).bfloat16()
               for name, rows in (("emb", V), ("lm_head", V), ("head_emb", 12))}
     state["corelm.emb.weight"][0] = 0
-    aux = torch.randn(64, D, generator=g).bfloat16()
+    aux = torch.randn(8 * n_acoustic, D, generator=g).bfloat16()
     torch.save({"module": state | {"criterion.lm_head.weight": state["corelm.lm_head.weight"],
                                    "criterion.aux_lm_head.weight": aux}}, f"{folder}/model.pth")
     with open(f"{folder}/config.yaml", "w") as f:
@@ -193,6 +197,39 @@ def test_a_published_checkpoint_is_read_by_names(renumbered, tmp_path):
     assert torch.equal(model.lm_head[266:330], aux.float()), "the aux head takes the codec rows"
     assert torch.equal(model.head_emb, state["corelm.head_emb.weight"][:9].float())
     assert (config.temperature, config.top_k, config.prompt_len) == (0.8, 30, 500)
+
+
+def test_a_published_checkpoint_speaks_text_trains_on_and_is_exported(tmp_path, tiny_data):
+    """With the base LLM's tokenizer beside it; the corpus is tokenized with code books of the same sizes."""
+    import tokenizers
+    dataset = Dataset(tiny_data, "train")
+    vocab = dataset.vocab
+    published_folder(tmp_path / "opus", vocab=vocab)
+    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(vocab.n_text)}, unk_token="w0")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "opus/tokenizer.json"))
+    os.remove(tmp_path / "opus/config.json")            # a size of its own has to be told
+    unknown = call("sample.py", str(tmp_path / "opus"), "text", "w3 w4")
+    assert unknown.returncode == 2 and "3 layers of width 64 are no base LLM" in unknown.stderr
+    small_llm("llama-gqa", tmp_path / "base")
+    shutil.copy(tmp_path / "base/config.json", tmp_path / "opus")
+    said = call("sample.py", str(tmp_path / "opus"), "text", "w3 w4")
+    assert said.stdout.startswith("w3 w4") and said.returncode == 0
+    mute = call("sample.py", str(tmp_path / "opus"), "asr", dataset.info["audio"][0])
+    assert mute.returncode == 2 and "reads and writes text only" in mute.stderr
+    assert call("sample.py", "export", str(tmp_path / "opus"), str(tmp_path / "ours")).returncode == 0
+    model, _, kept, _ = load_model(str(tmp_path / "ours"))
+    original, _, _, _ = load_model(str(tmp_path / "opus"))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), original.state_dict().values()))
+
+    body = dict(n_layer=3, n_head=4, n_kv_head=2, d_model=64, d_ff=128, rope_theta=2e4, norm_eps=1e-6)
+    config = Config(**body, init_from=str(tmp_path / "opus"), out_dir=str(tmp_path / "run"), max_steps=1,
+                    lr=1e-6, muon_lr=0.0, row_frames=512, prompt_len=20, eval_every=0)
+    train(config, tiny_data)
+    tuned, _, vocab, _ = load_model(str(tmp_path / "run"))
+    assert vocab == kept and vocab.published and vocab.n_tail == 6
+    assert (tuned.lm_head - original.lm_head).abs().max() < 1e-5 and (tuned.head_emb[0] != 0).any()
 
 
 def test_semantic_cluster_0_is_pad_for_published_checkpoints():

@@ -69,7 +69,7 @@ def test_two_workers_are_one(reference, tiny_flags, tmp_path):
 
 @pytest.mark.parametrize("half, streams", [("semantic", 1), ("acoustic", 8)])
 def test_half_of_the_tokens_trains_and_evaluates(half, streams, tiny_data, tiny_flags, tmp_path):
-    """The ablations need no data of their own; semantic tokens alone have no sound, and are not asked for it."""
+    """The ablations need no data of their own; semantic tokens alone have no sound, and are not asked."""
     flags = f"--token_streams={half} --max_steps=2 --tts_utterances=2 --max_speech_s=0.5".split()
     run(tiny_data, tiny_flags, str(tmp_path), *flags)
     results = evaluate(str(tmp_path))
