@@ -1,6 +1,6 @@
 """Configuration: one flat dataclass; a config file says what differs; --name=value on the command line wins.
 
-Seventh file of the reading order. A config file holds plain assignments and their arithmetic, nothing is
+Eighth file of the reading order. A config file holds plain assignments and their arithmetic, nothing is
 executed into anyone's globals, and a name or type that we don't know is an error that names the closest one.
 """
 import ast
@@ -63,6 +63,8 @@ class Config:
     beta2: float = 0.95
     clip: float = 1.0               # gradient norm
     dtype: str = "auto"             # activations: bfloat16 where the machine multiplies it fast, else float32
+    compile: bool = False           # torch.compile for the blocks: where many steps pay for its half minute
+    checkpointing: bool = False     # recompute activations in the backward pass: less memory, more time
     workers: int = 0                # processes that `python train.py` starts; 0 = one per core on a CPU
     save_every: int = 250           # steps
     keep_last: int = 2              # checkpoints

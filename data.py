@@ -15,8 +15,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from interleave import TASKS, Vocab, speech_frames, stream0_frames, task_length, text_frames, training_example
+from interleave import (
+    TASKS,
+    Vocab,
+    build_sequence,
+    speech_frames,
+    stream0_frames,
+    task_length,
+    text_frames,
+    training_rows,
+)
 
 SHARD_VERSION = 2
 FILL = 0.97                 # of a batch is drawn before packing: most draws then fit whole
@@ -113,7 +123,7 @@ class Loader:
         self.dataset, self.vocab = dataset, dataset.vocab
         self.tasks = [task for task, weight in mixture.items() if weight > 0]
         share = np.array([mixture[task] for task in self.tasks], float)
-        self.share = share / share.sum()
+        self.share = np.cumsum(share / share.sum())
         self.n_row, self.row_frames, self.prompt_len, self.seed = n_row, row_frames, prompt_len, seed
         self.weights, self.loss_region = self.vocab.weights(special_weight), loss_region
         self.dropped = 0            # drawn but did not fit, over the life of this loader
@@ -132,7 +142,7 @@ class Loader:
         rng = np.random.default_rng((self.seed, step))
         drawn, total, capacity = [], 0, FILL * self.n_row * self.row_frames
         while True:
-            task = self.tasks[rng.choice(len(self.tasks), p=self.share)]
+            task = self.tasks[np.searchsorted(self.share[:-1], rng.random(), side="right")]
             i = int(rng.integers(len(self.dataset)))
             length = self.length(task, i)
             if length > self.row_frames:
@@ -153,29 +163,29 @@ class Loader:
                 room[row] -= length
         return rows
 
-    def example(self, task, i, seed):
-        """-> inputs (T, N), targets (T, N), weight (T, N), modality (T,)."""
+    def document(self, task, i, seed):
+        """-> aligned tokens (T, N), learn (T,), modality (T,)."""
         codes, text, _ = self.dataset[i]
         entries = {"speech": speech_frames(self.vocab, codes), "text": text_frames(self.vocab, text)}
         if any(segment.of == "prompt" for segment in TASKS[task][1]):
             prompt = self.dataset.draw_prompt(i, self.prompt_len, np.random.default_rng(seed))
             entries["prompt"] = prompt_frames(self.vocab, prompt, self.prompt_len)
-        return training_example(self.vocab, task, entries, self.weights, self.loss_region)
+        return build_sequence(self.vocab, task, entries, self.loss_region)
 
     def batch(self, step, rows=None):
         """The Batch of a step, or only some of its rows (a rank's share): R = len(rows)."""
         plan = self.plan(step)
-        packed = [self.pack([self.example(*document) for document in plan[r]])
+        packed = [self.pack([self.document(*document) for document in plan[r]])
                   for r in (range(self.n_row) if rows is None else rows)]
         tensors = (torch.stack(part) for part in list(zip(*packed))[:4])
         return Batch(*tensors, lengths=[row[4] for row in packed], n_frame=sum(row[5] for row in packed))
 
     def pack(self, documents):
-        """Documents one after another, padded to row_frames -> tokens, targets, weight, modality,
+        """Aligned documents, one after another, padded to row_frames -> tokens, targets, weight, modality,
         lengths (with the padding as a document of its own), and the number of frames before the padding."""
-        lengths = [len(document[0]) for document in documents]
+        lengths = [len(document[0]) - 1 for document in documents]
         n_pad = self.row_frames - sum(lengths)
-        pad = stream0_frames(self.vocab, [0] * n_pad)
-        empty = (pad, pad, pad.float(), pad[:, 0])
-        parts = [torch.cat(part) for part in zip(*documents, empty)]        # (S, N), (S, N), (S, N), (S,)
-        return *parts, lengths + [n_pad] * (n_pad > 0), sum(lengths)
+        nothing = (stream0_frames(self.vocab, [0]), torch.zeros(1, dtype=torch.bool), torch.zeros(1).long())
+        parts = training_rows(documents or [nothing], self.weights)         # (S', N) x 3, (S',)
+        padded = [F.pad(part, (0, 0) * (part.ndim - 1) + (0, n_pad)) for part in parts]     # PAD is 0
+        return *padded, lengths + [n_pad] * (n_pad > 0), sum(lengths)

@@ -1,6 +1,6 @@
 """Evaluate: word error rates of recognition and synthesis, and teacher-forced perplexity per stream.
 
-Eleventh file of the reading order.
+Thirteenth file of the reading order.
   python eval.py out/numbers                    rewrites out/numbers/results.json, wavs and curves
   python eval.py out/numbers --whisper=DIR      also lets Whisper judge the speech (pip install -e '.[eval]')
 Everything is measured on texts that no training utterance has; "unseen" are voices that training never heard.
@@ -179,9 +179,9 @@ def find_data(speaker, folder=None):
     raise ValueError(f"no prepared data at {' or '.join(filter(None, places))}: name them, --data=FOLDER")
 
 
-def evaluate(run, whisper_folder=None, data=None):
+def evaluate(run, whisper_folder=None, data=None, quant=""):
     """Measure everything, write results.json, wavs and curves.png into the run's folder; returns results."""
-    began, speaker = time.time(), Speaker(run)
+    began, speaker = time.time(), Speaker(run, quant=quant)
     run, c = speaker.run, speaker.config
     data = find_data(speaker, data)
     seen, unseen = (Dataset(data, split, token_streams=c.token_streams) for split in ("seen", "unseen"))
@@ -237,9 +237,10 @@ if __name__ == "__main__":
     parser.add_argument("run", help="folder of a run, for instance out/numbers")
     parser.add_argument("--whisper", help="folder of a Whisper model in CTranslate2 form")
     parser.add_argument("--data", help="folder of prepared data (default: those of the training)")
+    parser.add_argument("--quant", default="", help="int8: faster decoding on a CPU")
     args = parser.parse_args()
     try:
-        print(table(evaluate(args.run, args.whisper, args.data)))
+        print(table(evaluate(args.run, args.whisper, args.data, args.quant)))
     except ValueError as problem:
         print(f"eval.py: {problem}", file=sys.stderr)
         sys.exit(2)

@@ -36,52 +36,156 @@ def acoustic_logits(model, hidden):
     return scores.float()
 
 
-# ---- the loss ----------------------------------------------------------------------------------------------
+# ---- the loss, plain ---------------------------------------------------------------------------------------
 
 def token_losses(model, hidden, targets, weight, modality, scope):
     """Cross-entropies in nats: hidden (S, D), targets and weight (S, N), modality (S,) -> (S, N) fp32.
 
-    Entries of weight 0 (pads, masked segments) stay 0, not computed: rows are gathered before the heads.
+    Entries of weight 0 (pads, masked segments) are 0. The reference that `weighted_loss` is tested against.
     scope "original": stream 0 against all V ids, streams 1.. against all acoustic ids, as ESPnet trains.
     scope "grammar": only against what decoding allows: specials and text, or specials and stream 0's own
     codes, by the modality of the target's segment; in streams 1.. their codes. Much cheaper, same use.
     """
-    c = model.config
-    losses = torch.zeros(targets.shape, device=targets.device)              # (S, N)
+    c, losses = model.config, []
+    ids = torch.arange(c.vocab_size, device=hidden.device)
+    inside = lambda start, end: (ids >= start) & (ids < end)                # (V,)
+    for n in range(c.n_stream):
+        if n > 0:
+            allowed = inside(*(c.streams[n] if scope == "grammar" else (c.streams[1][0], c.streams[-1][1])))
+        elif scope == "original":
+            allowed = inside(0, c.vocab_size)
+        else:
+            said = torch.stack([inside(*c.text), inside(*c.streams[0])])[modality.long()]   # (S, V)
+            allowed = said | inside(0, c.n_special)
+        logits = stream_logits(model, hidden, n, slice(0, c.vocab_size)).masked_fill(~allowed, -torch.inf)
+        target = torch.where(weight[:, n] > 0, targets[:, n], -100)         # -100: not computed
+        losses.append(F.cross_entropy(logits, target, reduction="none"))
+    return torch.stack(losses, 1)                                           # (S, N)
+
+
+# ---- the loss, fused ---------------------------------------------------------------------------------------
+
+CHUNK = 2 ** 24             # scores held at a time, whatever the vocabulary: 64 MB in fp32
+
+
+def own_softmax(scores, target, weight):
+    """scores (r, k, C), target and weight (r, k) -> losses (r, k), d(sum of weight * loss) / d scores."""
+    total = scores.logsumexp(-1, keepdim=True)
+    losses = (total - scores.gather(-1, target[..., None]))[..., 0] * (weight > 0)
+    gradient = (scores - total).exp_().mul_(weight[..., None])
+    return losses, gradient.scatter_add_(-1, target[..., None], -weight[..., None])
+
+
+def shared_softmax(scores, bias, target, weight):
+    """`own_softmax` of scores[:, None] + bias, for scores (r, C) that K streams share and bias (K, C).
+
+    -> losses (r, K), gradients of scores (r, C) and of bias (K, C). With exp(s + b) = exp(s) exp(b), sums
+    over streams and over codes are matrix products, and no (r, K, C) tensor is made: an eighth of the work.
+    (A sum would vanish if all codes that its bias favours lay 87 nats below the best; we have not met that.)
+    """
+    best, best_bias = scores.amax(1, keepdim=True), bias.amax(1)            # (r, 1), (K,)
+    e, a = (scores - best).exp_(), (bias - best_bias[:, None]).exp_()       # (r, C), (K, C)
+    sums = e @ a.T                                                          # (r, K)
+    said = scores.gather(1, target) + bias.gather(1, target.T).T            # (r, K)
+    losses = (sums.log() + best + best_bias - said) * (weight > 0)
+    share = weight / sums                                                   # (r, K)
+    bias_gradient = (share.T @ e).mul_(a).scatter_add_(1, target.T, -weight.T)
+    return losses, e.mul_(share @ a).scatter_add_(1, target, -weight), bias_gradient
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Scores of rows of a table, and cross-entropies of all streams, with their gradients, chunk by chunk.
+
+        hidden (r, D) table^T = scores (r, C)   | prefix: stream 0    |
+                                                       | window: streams 1.. |
+
+    The scores of r rows are made, turned into losses and gradients, and thrown away, so that memory does not
+    grow with the vocabulary. One product serves all streams: W (h + e_n) = W h + W e_n, a stream only adds a
+    bias; so do the gradients, which are added up before they are multiplied with the table.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, table, bias0, bias, target, weight, n_acoustic, prefix, window, with_gradient):
+        """hidden (R, D), table (C, D), bias0 (prefix,), bias (K, width), target and weight (R, 1 + K).
+
+        The first n_acoustic rows have targets in streams 1.. too. target: columns within the prefix and, for
+        streams 1.., within a stream's part of the window: of equal parts, or the whole of it for each stream.
+        Returns sum of weight * loss, and losses (R, 1 + K) as a report.
+        """
+        W, (start, end), (R, C) = table.to(hidden.dtype), window, (len(hidden), len(table))
+        losses = torch.zeros(weight.shape, device=hidden.device)
+        g_hidden, g_table, g_bias0, g_bias = (torch.zeros_like(x) for x in (hidden, table, bias0, bias))
+        step = max(16, CHUNK // C)
+        for row in [*range(0, n_acoustic, step), *range(n_acoustic, R, step)]:
+            acoustic = row < n_acoustic
+            rows = slice(row, min(row + step, n_acoustic if acoustic else R))
+            scores = (hidden[rows] @ W.T).float()                           # (r, C)
+            losses[rows, :1], first = own_softmax(
+                (scores[:, :prefix] + bias0)[:, None], target[rows, :1], weight[rows, :1])
+            slope = first[:, 0] if prefix == C else F.pad(first[:, 0], (0, C - prefix))     # (r, C)
+            g_bias0 += first.sum((0, 1))
+            if acoustic and bias.shape[1] == end - start:                   # one softmax over the window
+                losses[rows, 1:], others, of_bias = shared_softmax(
+                    scores[:, start:end], bias, target[rows, 1:], weight[rows, 1:])
+                g_bias += of_bias
+                slope[:, start:end] += others
+            elif acoustic:                                                  # a part of the window for each
+                parts = scores[:, start:end].unflatten(1, bias.shape) + bias                # (r, K, width)
+                losses[rows, 1:], others = own_softmax(parts, target[rows, 1:], weight[rows, 1:])
+                g_bias += others.sum(0)
+                slope[:, start:end] += others.flatten(1)
+            if with_gradient:
+                slope = slope.to(hidden.dtype)
+                g_hidden[rows] = slope @ W
+                g_table += slope.T @ hidden[rows]
+        ctx.gradients = g_hidden, g_table, g_bias0, g_bias
+        ctx.mark_non_differentiable(losses)
+        return (losses * weight).sum(), losses
+
+    @staticmethod
+    def backward(ctx, upstream, _):
+        return *(gradient.mul_(upstream) for gradient in ctx.gradients), *[None] * 6
+
+
+def weighted_loss(model, hidden, targets, weight, modality, scope):
+    """The loss that trains: arguments as of `token_losses` -> (sum of weight * loss, losses (S, N) detached).
+
+    Rows are gathered before the heads; what is not predicted costs nothing.
+    """
+    c, head, e = model.config, model.lm_head, model.head_emb
+    K, specials = c.n_stream - 1, c.n_special
+    first, acoustic = weight[:, 0] > 0, (weight[:, 1:] > 0).any(1)          # (S,)
+    window = (c.streams[1][0], c.streams[-1][1]) if K else (0, 0)
+    codes = head[slice(*window)]                                            # (all acoustic codes, D)
+    own = torch.tensor([start for start, _ in c.streams[1:]], dtype=torch.long, device=hidden.device)   # (K,)
+    bias = e.new_zeros(0, 0)                                                # (K, a stream's codes)
     if scope == "original":
-        groups = [(weight[:, 0] > 0, [slice(0, c.vocab_size)])]
+        own = torch.full_like(own, window[0])
+        bias = e[1:] @ codes.T if K else bias
+        jobs = [(first, acoustic, head, len(head))]                         # stream 0, others, table, prefix
     else:
-        specials, live = slice(0, c.n_special), weight[:, 0] > 0
-        groups = [(live & (modality == 0), [specials, slice(*c.text)]),
-                  (live & (modality == 1), [specials, slice(*c.streams[0])])]
-    for live, ranges in groups:
-        row = live.nonzero()[:, 0]                                          # (R,)
-        ids = torch.cat([torch.arange(r.start, r.stop, device=row.device) for r in ranges])
-        place = torch.zeros(c.vocab_size, dtype=torch.long, device=row.device)
-        place[ids] = torch.arange(len(ids), device=row.device)              # id -> its column of the logits
-        logits = stream_logits(model, hidden[row], 0, ids)                  # (R, len(ids))
-        losses[row, 0] = F.cross_entropy(logits, place[targets[row, 0]], reduction="none")
-    if c.n_stream > 1:
-        row = (weight[:, 1:] > 0).any(1).nonzero()[:, 0]                    # (R,)
-        losses[row, 1:] = _acoustic_losses(model, hidden[row], targets[row, 1:], weight[row, 1:] > 0, scope)
-    return losses
-
-
-def _acoustic_losses(model, hidden, targets, live, scope):
-    """hidden (R, D), targets and live (R, K) -> (R, K)."""
-    streams = model.config.streams[1:]
-    start, end = streams[0][0], streams[-1][1]
-    own_start = torch.tensor([first for first, _ in streams], device=targets.device)        # (K,)
-    if scope == "original":
-        head = model.lm_head[start:end].to(hidden.dtype)
-        scores = F.linear(hidden, head)                                     # (R, K * codes)
-        bias = F.linear(model.head_emb[1:].to(hidden.dtype), head)          # (K, K * codes)
-        target = torch.where(live, targets - start, -100)                   # -100: not computed
-        return torch.stack([F.cross_entropy((scores + bias[n]).float(), target[:, n], reduction="none")
-                            for n in range(len(bias))], 1)
-    target = torch.where(live, targets - own_start, -100)                   # (R, K)
-    logits = acoustic_logits(model, hidden).flatten(0, 1)                   # (R * K, codes)
-    return F.cross_entropy(logits, target.flatten(), reduction="none").view(target.shape)
+        bias = (codes.unflatten(0, (K, -1)) * e[1:, None]).sum(-1) if K else bias
+        text = torch.cat([head[:specials], head[slice(*c.text)]])
+        jobs = [(first & (modality == 1), acoustic, head[:c.streams[-1][1]], c.streams[0][1]),
+                (first & (modality == 0), torch.zeros_like(acoustic), text, len(text))]
+    losses, total = torch.zeros(weight.shape, device=hidden.device), 0 * hidden.sum()
+    for live, tail, table, prefix in jobs:
+        with_codes, without = tail.nonzero()[:, 0], (live & ~tail).nonzero()[:, 0]
+        row = torch.cat([with_codes, without])                              # (R,)
+        if len(row) == 0:
+            continue
+        count = weight[row] * torch.cat([live[row, None], tail[row, None].expand(-1, K)], 1)    # (R, N)
+        target = targets[row].clone()
+        if len(table) == specials + c.text[1] - c.text[0] and scope == "grammar":
+            target[:, 0] -= (target[:, 0] >= specials) * (c.text[0] - specials)
+        target[:, 1:] -= own
+        target = torch.where(count > 0, target, 0)
+        bias0 = table[:prefix] @ e[0] if c.published else e.new_zeros(prefix)
+        loss, of_row = LinearCrossEntropy.apply(hidden[row], table, bias0, bias, target, count,
+                                                len(with_codes), prefix, window, torch.is_grad_enabled())
+        total = total + loss
+        losses[row] += of_row
+    return total, losses
 
 
 def batch_loss(model, batch, scope):
@@ -95,7 +199,7 @@ def batch_loss(model, batch, scope):
     tokens, targets, weight = (t.to(device).flatten(0, 1) for t in parts)   # (R*S, N)
     modality = batch.modality.to(device).flatten()                          # (R*S,)
     hidden = model(tokens, [length for row in batch.lengths for length in row])
-    losses = token_losses(model, hidden, targets, weight, modality, scope)  # (R*S, N)
+    loss, losses = weighted_loss(model, hidden, targets, weight, modality, scope)           # (), (R*S, N)
     with torch.no_grad():
         live, first = weight > 0, targets[:, 0]
         text, special = first >= c.text[0], first < c.n_special
@@ -103,7 +207,7 @@ def batch_loss(model, batch, scope):
         masks = torch.cat([torch.stack(kinds, 1), live[:, 1:]], 1)          # (R*S, 3 + K)
         columns = torch.cat([losses[:, :1].expand(-1, 3), losses[:, 1:]], 1)
         report = (columns * masks).sum(0).tolist() + masks.sum(0).tolist()
-    return (losses * weight).sum(), report
+    return loss, report
 
 
 def mean_losses(report, stream_names):

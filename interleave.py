@@ -14,7 +14,9 @@ text and special tokens live in stream 0 and leave the others padded. Drawn with
       text frame   w  .  .          speech frame   s  a1  a2          special frame   <eos>  .  .
 """
 from dataclasses import dataclass, replace
+from functools import cached_property
 
+import numpy as np
 import torch
 
 PAD = 0
@@ -47,14 +49,19 @@ class Vocab:
     n_tail: int = 0     # rows behind the text that nothing uses (70 in the published checkpoints)
     published: bool = False     # as in the published checkpoints: semantic cluster 0 is pad
 
-    @property
+    @cached_property
     def streams(self):
         """[(start, end)] joint id range of each stream of a speech frame; its length is N."""
         sizes = [self.n_semantic] * (self.n_semantic > 0) + [self.n_acoustic] * self.n_level
         starts = [N_SPECIAL + sum(sizes[:n]) for n in range(len(sizes))]
         return [(start, start + size) for start, size in zip(starts, sizes)]
 
-    @property
+    @cached_property
+    def starts(self):
+        """(N,) first id of each stream."""
+        return torch.tensor([start for start, _ in self.streams])
+
+    @cached_property
     def n_stream(self):
         return len(self.streams)
 
@@ -115,7 +122,7 @@ def speech_frames(vocab, codes):
     codes = torch.as_tensor(codes, dtype=torch.long)
     N = vocab.n_stream
     assert codes.ndim == 2 and codes.shape[1] == N, f"codes {tuple(codes.shape)}, N={N}"
-    frames = codes + torch.tensor([start for start, _ in vocab.streams])    # (T, N)
+    frames = codes + vocab.starts                                           # (T, N)
     if vocab.published and vocab.n_semantic:
         frames[codes[:, 0] == 0, 0] = PAD
     return frames
@@ -123,7 +130,7 @@ def speech_frames(vocab, codes):
 
 def speech_codes(vocab, frames):
     """Joint ids (T, N) of complete speech frames -> raw codes (T, N): the inverse of `speech_frames`."""
-    codes = frames - torch.tensor([start for start, _ in vocab.streams])    # (T, N)
+    codes = frames - vocab.starts                                           # (T, N)
     return codes.clamp_min(0) if vocab.published else codes
 
 
@@ -192,24 +199,25 @@ def build_sequence(vocab, task, entries, loss_region="whole"):
     if loss_region not in ("whole", "target"):
         raise ValueError(f"loss_region is 'whole' or 'target', not {loss_region!r}")
     token, segments = TASKS[task]
-    tokens, learn, modality = [], [], []
-
-    def put(frames, in_loss, kind):
-        tokens.append(frames)
-        learn.append(torch.full((len(frames),), in_loss))
-        modality.append(torch.full((len(frames),), kind))
-
-    whole = loss_region == "whole"
+    T = task_length(vocab, task, {of: len(frames) for of, frames in entries.items()})
+    tokens = np.full((T, vocab.n_stream), PAD)          # numpy: small assignments cost a tenth of torch's
+    learn = np.full(T, loss_region == "whole")
+    modality = np.full(T, segments[0].modality)
+    t = 0
     if token:
-        put(stream0_frames(vocab, [EOS, SPECIAL[token]]), whole, segments[0].modality)
+        tokens[0, 0], tokens[1, 0], t = EOS, SPECIAL[token], 2
     for segment in segments:
-        in_loss = whole or segment.target
-        marker = [SPECIAL[segment.marker]] if segment.marker else []
-        put(stream0_frames(vocab, marker), in_loss, segment.modality)
-        put(entries[segment.of], in_loss, segment.modality)
-        put(stream0_frames(vocab, [EOS] * segment.target), in_loss, segment.modality)
-        put(stream0_frames(vocab, [PAD] * (vocab.n_stream - 1)), in_loss, segment.modality)
-    return torch.cat(tokens), torch.cat(learn), torch.cat(modality)        # (T, N), (T,), (T,)
+        first, frames = t, entries[segment.of]
+        if segment.marker:
+            tokens[t, 0], t = SPECIAL[segment.marker], t + 1
+        tokens[t:t + len(frames)] = frames.numpy()
+        t += len(frames)
+        if segment.target:
+            tokens[t, 0], t = EOS, t + 1
+        t += vocab.n_stream - 1                                             # the P frames
+        modality[first:t] = segment.modality
+        learn[first:t] |= segment.target
+    return tuple(torch.from_numpy(part) for part in (tokens, learn, modality))      # (T, N), (T,), (T,)
 
 
 def generation_prefix(vocab, task, entries):
@@ -261,17 +269,28 @@ def undelay(delayed):
 
 # ---- targets and weights -----------------------------------------------------------------------------------
 
-def training_example(vocab, task, entries, weights, loss_region="whole"):
-    """One document, delayed and cut into what the model reads and what it must predict one row later.
+def training_rows(documents, weights):
+    """Aligned documents of `build_sequence`, one after another -> what the model reads and must predict.
 
-    weights: (V,) of `Vocab.weights`. Returns inputs (T-1, N), targets (T-1, N), weight (T-1, N) float,
-    modality (T-1,): that of the segment the stream-0 target belongs to. The first row is never a target.
+    weights: (V,) of `Vocab.weights`. Returns inputs (S, N), targets (S, N), weight (S, N) float and modality
+    (S,), that of the segment the stream-0 target belongs to; each document takes one row fewer than it has,
+    since its first row is never a target and its last never read. One delay serves all: its shift dies out in
+    the P frames at the end of a document.
     """
-    tokens, learn, modality = build_sequence(vocab, task, entries, loss_region)
-    delayed = delay(tokens)                                                 # (T, N)
-    learn = delay(learn[:, None].long() * (tokens != PAD))          # (T, N): the loss moves with its token
-    weight = weights[delayed] * learn                                       # (T, N)
-    return delayed[:-1], delayed[1:], weight[1:], modality[1:]
+    tokens, learn, modality = (torch.cat(part) for part in zip(*documents))
+    delayed, weight = delay(tokens), delay(weights.take(tokens) * learn[:, None])   # the loss moves along
+    ends = torch.tensor([len(document[0]) for document in documents]).cumsum(0)
+    last = torch.zeros(len(tokens), dtype=torch.bool)
+    last[ends - 1] = True
+    read = (~last).nonzero()[:, 0]                                          # (S,): row t predicts row t + 1
+    inputs, targets, weight = (x.index_select(0, rows) for x, rows in (
+        (delayed, read), (delayed, read + 1), (weight, read + 1)))
+    return inputs, targets, weight, modality[read + 1]
+
+
+def training_example(vocab, task, entries, weights, loss_region="whole"):
+    """`training_rows` of one document: inputs, targets and weight (T-1, N), modality (T-1,)."""
+    return training_rows([build_sequence(vocab, task, entries, loss_region)], weights)
 
 
 def show(vocab, frames):

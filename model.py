@@ -1,6 +1,6 @@
 """The model: one decoder-only Transformer that reads sums of N embeddings and predicts N tokens a step.
 
-Third file of the reading order; it takes numbers, never a Vocab. The body is a text LLM, exactly: SmolLM2
+Fourth file of the reading order; it takes numbers, never a Vocab. The body is a text LLM, exactly: SmolLM2
 (Llama: RMSNorm before each sub-layer, rotary positions, grouped-query attention, SwiGLU, no biases) or OLMo-2
 (the same with its RMSNorms after each sub-layer, and on q and k). Around it stands what makes it OpusLM
 (arXiv 2506.17611, section 2): the summed embedding, and the parallel heads of heads.py.
@@ -20,8 +20,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from heads import token_losses
+from attention import attend_documents, rope_table, rotate
+from heads import weighted_loss
 from interleave import PAD, delay
 
 
@@ -47,53 +49,6 @@ class ModelConfig:
 
 
 # ---- body --------------------------------------------------------------------------------------------------
-
-def rope_table(config, n_position, device=None):
-    """(cos, sin), each (n_position, E): the rotation angles of every position, fp32."""
-    E = config.d_model // config.n_head
-    frequency = config.rope_theta ** (-torch.arange(0, E, 2, device=device).float() / E)    # (E/2,)
-    position = torch.arange(n_position, device=device).float()
-    angle = torch.outer(position, frequency).repeat(1, 2)                                   # (n_position, E)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x, cos, sin):
-    """Rotary position embedding, rotate-half form: x (..., heads, E), cos and sin (..., 1, E)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-def attend_dense(q, k, v, mask):
-    """Reference attention: q (B, H, T, E), k and v (B, G, U, E), mask (B, 1, T, U) bool, True = may look.
-
-    Query head h reads key-value head h // (H/G). Returns (B, H, T, E).
-    """
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-
-
-def attend_documents(q, k, v, lengths):
-    """Causal attention inside each document of packed frames: q (S, H, E), k and v (S, G, E) -> (S, H, E).
-
-    lengths: frames of each document, in order, summing to S. The H/G query heads that share a key-value head
-    are stacked into rows of one matrix product, and no product reaches over a document's border: on a CPU
-    that spares the products across documents; its tested reference is SDPA with a document mask.
-    """
-    S, H, E = q.shape
-    G = k.shape[1]
-    q = (q * E ** -0.5).view(S, G, H // G, E).permute(1, 2, 0, 3)           # (G, H/G, S, E)
-    k, v = k.permute(1, 2, 0), v.transpose(0, 1)                            # (G, E, S), (G, S, E)
-    outputs, causal = [], _causal_bias(max(lengths), q)
-    for q_doc, k_doc, v_doc in zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 1)):
-        T = q_doc.shape[2]
-        scores = (q_doc.reshape(G, -1, E) @ k_doc).view(G, H // G, T, T) + causal[:T, :T]
-        mixed = scores.softmax(-1).view(G, -1, T) @ v_doc                   # (G, H/G * T, E)
-        outputs.append(mixed.view(H, T, E))
-    return torch.cat(outputs, 1).transpose(0, 1)                            # (S, H, E)
-
-
-def _causal_bias(T, like):
-    return torch.full((T, T), -math.inf, device=like.device, dtype=like.dtype).triu(1)   # (T, T): 0 may look
-
 
 class Linear(nn.Linear):
     """A matrix without bias, kept in fp32 and cast to the dtype of its input: the whole of our dtype policy.
@@ -148,26 +103,16 @@ class Block(nn.Module):
         v = self.v_proj(x).unflatten(-1, (self.n_kv_head, self.head_dim))                   # (..., G, E)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
+    def forward(self, x, cos, sin, attend):
+        """x (..., D) -> (..., D); attend(q, k, v) -> (..., H, E): who looks at whom."""
+        q, k, v = self.qkv(x, cos, sin)
+        return self.finish(x, attend(q, k, v))
+
     def finish(self, x, mixed):
         """Residual stream x (..., D) and attention output (..., H, E) -> the layer's output (..., D)."""
         x = x + self.attn_out_norm(self.o_proj(mixed.flatten(-2)))
         h = self.mlp_norm(x)
         return x + self.mlp_out_norm(self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h)))
-
-
-# ---- key-value cache ---------------------------------------------------------------------------------------
-
-class KVCache:
-    """Keys and values of each layer for B sequences of up to T_max frames; slot t of a row holds its frame t.
-
-    Rows of a batch may stand at different frames: a frame beyond a row's own end is overwritten when the row
-    gets there, and no query looks past its own position, so ragged prompts need no padding on the left.
-    """
-
-    def __init__(self, config, B, T_max, device=None, dtype=torch.float32):
-        shape = (config.n_layer, B, config.n_kv_head, T_max, config.d_model // config.n_head)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)             # (layers, B, G, T_max, E)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
 
 
 # ---- the whole model ---------------------------------------------------------------------------------------
@@ -177,7 +122,8 @@ class Model(nn.Module):
 
     def __init__(self, config, dtype=torch.float32):
         super().__init__()
-        self.config, self.dtype = config, dtype         # dtype of the activations; parameters are always fp32
+        self.config, self.dtype = config, dtype         # of the activations; parameters are fp32 in training
+        self.attend, self.checkpointing = attend_documents, False           # see parallel.prepare_for_speed
         D = config.d_model
         self.emb = nn.Parameter(torch.empty(config.vocab_size, D))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -213,9 +159,12 @@ class Model(nn.Module):
         position = torch.cat([torch.arange(n, device=tokens.device) for n in lengths])
         table = rope_table(self.config, max(lengths), tokens.device)
         cos, sin = (t.to(x.dtype)[position, None] for t in table)
+        attend = lambda q, k, v: self.attend(q, k, v, lengths)
         for block in self.blocks:
-            q, k, v = block.qkv(x, cos, sin)
-            x = block.finish(x, attend_documents(q, k, v, lengths))
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, attend, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, attend)
         return self.norm(x)
 
     @torch.no_grad()
@@ -231,15 +180,10 @@ class Model(nn.Module):
         end = int(position.max()) + 1
         if end > cache.k.shape[3]:
             raise ValueError(f"sequence of {end} frames, but the cache holds {cache.k.shape[3]}")
-        table = rope_table(self.config, end, tokens.device)
-        cos, sin = (t.to(x.dtype)[position, None] for t in table)           # (B, T, 1, E)
+        cos, sin = (table[position, None] for table in cache.rope)          # (B, T, 1, E)
         mask = (torch.arange(end, device=tokens.device) <= position[..., None])[:, None]    # (B, 1, T, end)
-        rows = torch.arange(B, device=tokens.device)[:, None]
-        for block, k_cache, v_cache in zip(self.blocks, cache.k, cache.v):
-            q, k, v = block.qkv(x, cos, sin)                                # (B, T, heads, E)
-            k_cache[rows, :, position], v_cache[rows, :, position] = k, v
-            mixed = attend_dense(q.transpose(1, 2), k_cache[:, :, :end], v_cache[:, :, :end], mask)
-            x = block.finish(x, mixed.transpose(1, 2))
+        for i, block in enumerate(self.blocks):
+            x = block(x, cos, sin, lambda q, k, v: cache.attend(i, q, k, v, position, mask))  # noqa: B023
         return self.norm(x)
 
     def published_loss(self, tokens, mask, modality_weights):
@@ -257,10 +201,9 @@ class Model(nn.Module):
         learn = delay(mask.long() * (tokens != PAD))[:, 1:]                 # (B, T-1, N)
         hidden = self(delayed[:, :-1].flatten(0, 1), [T - 1] * B)           # (B * (T-1), D)
         targets, weight = delayed[:, 1:], weights[delayed[:, 1:]] * learn   # (B, T-1, N)
-        flat = (targets.flatten(0, 1), learn.flatten(0, 1))
-        losses = token_losses(self, hidden, *flat, None, "original")        # (B * (T-1), N)
-        element_loss = losses.view(B, T - 1, N) * weight
-        return {"loss": element_loss.sum() / learn[..., 0].sum(), "element_loss": element_loss}
+        flat = (targets.flatten(0, 1), weight.flatten(0, 1))
+        loss, losses = weighted_loss(self, hidden, *flat, None, "original")     # (), (B * (T-1), N)
+        return {"loss": loss / learn[..., 0].sum(), "element_loss": losses.view(B, T - 1, N) * weight}
 
 
 # ---- names of Hugging Face and of the published checkpoints

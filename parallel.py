@@ -1,9 +1,11 @@
 """Processes, devices and checkpoints: everything around the model that is not the model.
 
-Eighth file of the reading order. Parallelism is applied from here, model.py knows nothing of it: every
+Ninth file of the reading order. Parallelism is applied from here, model.py knows nothing of it: every
 worker holds the whole model, takes its rows of the global batch, and the gradients are summed over workers.
 """
+import ctypes
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -13,6 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from attention import attend_flash, attend_varlen
 from config import Config, read_config, save_config
 from convert import find_start, is_published, list_tensors, put, read_published, read_tensor, start_weights
 from interleave import N_SPECIAL, Vocab
@@ -20,9 +23,24 @@ from model import Model, ModelConfig
 
 # ---- processes ---------------------------------------------------------------------------------------------
 
+def keep_freed_memory():
+    """Tell glibc to reuse large freed blocks instead of giving them back to the system.
+
+    A training step on a CPU allocates the same hundreds of blocks each time; fetching every page anew took a
+    fifth of a step of the 135M model.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):       # another C library
+        return
+    mallopt(-4, 0)                          # M_MMAP_MAX: large blocks come from the heap too
+    mallopt(-1, 2 ** 31 - 1)                # M_TRIM_THRESHOLD: whose end is kept
+
+
 def start_workers():
     """Join the process group that torchrun made, if it did. Returns (rank, world size, device)."""
     device = torch.device("cpu")
+    keep_freed_memory()
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" not in os.environ:
@@ -64,6 +82,23 @@ def compute_dtype(name, device):
         return torch.bfloat16
     able = torch.cpu.get_capabilities()
     return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
+
+
+def prepare_for_speed(model, config, device, say=print):
+    """Choose the attention of this device, and turn on what the configuration asks for. Returns the model."""
+    if device.type == "cuda" and model.dtype == torch.bfloat16:
+        flash = importlib.util.find_spec("flash_attn") is not None
+        model.attend = attend_flash if flash else attend_varlen
+    model.checkpointing = config.checkpointing
+    compiler = config.compile and (device.type == "cuda" or shutil.which("g++") or shutil.which("clang++"))
+    if compiler:            # the two halves of a block; attention between them depends on the documents
+        for block in model.blocks:
+            block.qkv, block.finish = torch.compile(block.qkv), torch.compile(block.finish)
+    elif config.compile:
+        say("compile: no C++ compiler here, so we run without")
+    say(f"attention: {model.attend.__name__}" + ", blocks compiled" * bool(compiler)
+        + ", activations recomputed" * config.checkpointing)
+    return model
 
 
 # ---- model and checkpoints ---------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Prepare: a corpus of audio and transcripts becomes a folder of token shards that training maps into memory.
 
-Fifth file of the reading order. The embedded corpus, and any other by its manifest:
+Sixth file of the reading order. The embedded corpus, and any other by its manifest:
   python prepare.py --corpus=numbers
   python prepare.py --corpus=my/manifest.tsv --text_model=bpe --text_vocab=2000
 A manifest is tab-separated with a header, or jsonl, with the fields id, audio (a path, relative to the

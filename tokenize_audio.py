@@ -1,6 +1,6 @@
 """Audio to tokens and back: wav -> (T, N) codes at 50 Hz -> wav.
 
-Fourth file of the reading order; it imports nothing of ours. The tokenizer below is fitted on a corpus in
+Fifth file of the reading order; it imports nothing of ours. The tokenizer below is fitted on a corpus in
 seconds, without pretrained weights, and has the two kinds of tokens of OpusLM (arXiv 2506.17611, section 2):
   semantic   what is said: k-means clusters of features from which the speaker has been removed
   acoustic   how it sounds: residual vector quantisation of the log-mel spectrum, 8 levels, coarse to fine

@@ -1,6 +1,6 @@
 """Train: the one loop.
 
-Ninth file of the reading order.
+Tenth file of the reading order.
   python train.py configs/numbers.py                       the whole main job: prepare, train, evaluate
   python train.py configs/numbers.py --max_steps=20 --out_dir=out/try --corpus_utterances=200
   python train.py configs/numbers.py --resume              go on from the newest checkpoint
@@ -34,6 +34,7 @@ from parallel import (
     load_optimizers,
     make_model,
     newest,
+    prepare_for_speed,
     read_state,
     save_checkpoint,
     start_workers,
@@ -118,6 +119,7 @@ def train(config, folder, resume=False):
     held_out = make_loader(config, seen) if config.eval_every and len(seen) else None
     dtype = compute_dtype(config.dtype, device)
     model = empty_model(config, dataset.vocab, dtype, device)
+    prepare_for_speed(model, config, device, say)
     optimizers = make_optimizers(config, model, dtype)
     os.makedirs(config.out_dir, exist_ok=True)
     step, frames, seconds = 0, 0, 0.0

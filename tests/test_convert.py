@@ -12,14 +12,14 @@ import torch
 from conftest import ROOT, shared_folder
 from safetensors.torch import load_file, save_file
 
+from attention import KVCache
 from config import Config, load_config
 from convert import export_text
 from data import Dataset
+from decode import generate
 from heads import stream_logits, token_losses
 from interleave import SPECIAL, TEXT, Vocab, text_frames
-from model import KVCache
 from parallel import empty_model, fill, load_model, starting_weights
-from sample import generate
 from tokenize_text import TextTokenizer, find_folder, make_text_tokenizer
 from train import train
 

@@ -5,9 +5,11 @@ import pytest
 import torch
 from conftest import shared_folder
 
-from heads import token_losses
+import heads
+from attention import KVCache, attend_dense, attend_documents
+from heads import token_losses, weighted_loss
 from interleave import delay, training_example
-from model import KVCache, Model, ModelConfig, attend_dense, attend_documents, from_published, to_published
+from model import Model, ModelConfig, from_published, to_published
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +45,15 @@ def test_packed_documents_are_the_same_documents_alone(toy, toy_example, model):
 
 
 def test_attention_by_document_is_sdpa_with_a_block_diagonal_mask():
-    g, lengths = torch.Generator().manual_seed(0), [5, 1, 9]
-    q, k, v = (torch.randn(15, heads, 8, generator=g, requires_grad=True) for heads in (4, 2, 2))
+    """The long one has more than one block of queries."""
+    g, lengths = torch.Generator().manual_seed(0), [5, 1, 300]
+    q, k, v = (torch.randn(306, n_head, 8, generator=g, requires_grad=True) for n_head in (4, 2, 2))
     document = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
-    mask = (document[:, None] == document) & torch.ones(15, 15, dtype=torch.bool).tril()
+    mask = (document[:, None] == document) & torch.ones(306, 306, dtype=torch.bool).tril()
     dense = attend_dense(*(x.transpose(0, 1)[None] for x in (q, k, v)), mask[None, None])[0].transpose(0, 1)
     packed = attend_documents(q, k, v, lengths)
     torch.testing.assert_close(packed, dense)
-    weight = torch.randn(15, 4, 8, generator=g)
+    weight = torch.randn(306, 4, 8, generator=g)
     gradients = (torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (packed, dense))
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b)
@@ -74,42 +77,34 @@ def test_cached_steps_are_the_full_forward_also_for_ragged_prompts(toy, toy_exam
         model.extend(rows, cache, start + 50)
 
 
-def naive_losses(model, hidden, targets, weight, modality, scope, vocab):
-    """The loss as a reader would first write it: all logits of all streams, minus infinity if forbidden."""
-    S, N = targets.shape
-    losses = torch.zeros(S, N)
-    for n in range(N):
-        logits = (hidden + (n > 0) * model.head_emb[n]) @ model.lm_head.T   # (S, V)
-        for s in range(S):
-            allowed = torch.zeros(vocab.size, dtype=torch.bool)
-            if n > 0:
-                start, end = vocab.streams[n] if scope == "grammar" else (
-                    vocab.streams[1][0], vocab.streams[-1][1])
-                allowed[start:end] = True
-            elif scope == "original":
-                allowed[:] = True
-            else:
-                allowed[:256] = True
-                start, end = vocab.streams[0] if modality[s] == 1 else (vocab.text_start, vocab.size)
-                allowed[start:end] = True
-            if weight[s, n] > 0:
-                losses[s, n] = -logits[s].masked_fill(~allowed, -torch.inf).log_softmax(-1)[targets[s, n]]
-    return losses
-
-
+@pytest.mark.parametrize("published", [False, True])
 @pytest.mark.parametrize("scope", ["grammar", "original"])
-def test_both_softmax_scopes_match_the_naive_loss(toy, toy_example, model, scope):
+def test_the_fused_loss_is_the_plain_one_with_its_gradients(scope, published, toy, toy_example, monkeypatch):
+    """In chunks of 16 rows, with and without stream 0's head embedding, and weights of every kind."""
+    monkeypatch.setattr(heads, "CHUNK", 1)
+    config = ModelConfig(toy.size, toy.streams, toy.text, n_layer=1, n_head=2, d_model=32, d_ff=32,
+                         published=published)
+    model = Model(config).init_weights(torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(model.head_emb, generator=torch.Generator().manual_seed(1))
     inputs, targets, weight, modality = (torch.cat(part) for part in zip(*documents(toy, toy_example)))
-    with torch.no_grad():
+    weight[5:9] = 0                                                         # rows that are not learned
+    results = []
+    for loss_of in (token_losses, weighted_loss):
         hidden = model(inputs, [len(inputs)])
-        fast = token_losses(model, hidden, targets, weight, modality, scope)
-        torch.testing.assert_close(fast, naive_losses(model, hidden, targets, weight, modality, scope, toy))
+        loss = loss_of(model, hidden, targets, weight, modality, scope)
+        total, losses = ((loss * weight).sum(), loss) if loss_of is token_losses else loss
+        gradients = torch.autograd.grad(3 * total, list(model.parameters()))
+        results.append([total, losses, *gradients])
+    for plain, fused in zip(*results):
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(weighted_loss(model, hidden, targets, weight, modality, scope)[0], total)
 
 
 def test_pad_adds_nothing_and_learns_nothing(toy, toy_example, model):
     inputs, targets, weight, modality = documents(toy, toy_example)[0]
-    losses = token_losses(model, model(inputs, [len(inputs)]), targets, weight, modality, "grammar")
-    gradient, = torch.autograd.grad((losses * weight).sum(), model.emb)
+    loss, _ = weighted_loss(model, model(inputs, [len(inputs)]), targets, weight, modality, "grammar")
+    gradient, = torch.autograd.grad(loss, model.emb)
     assert (gradient[0] == 0).all() and (model.emb[0] == 0).all() and gradient.abs().sum() > 0
 
 

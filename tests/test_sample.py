@@ -1,17 +1,21 @@
 """Claim: decoding emits only what each stream may say, keeps the delay, and answers from the command line."""
+import copy
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import soundfile
 import torch
 from conftest import ROOT
 
+from attention import KVCache
 from data import Dataset
+from decode import generate, pick, prepare_for_decoding, step
 from heads import stream_logits
 from interleave import EOS, PAD, SPEECH, TEXT, delay, generation_prefix, speech_codes
 from model import Model, ModelConfig
-from sample import Speaker, generate, pick
+from sample import Speaker
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +74,44 @@ def test_top_k_and_temperature():
     assert cold > 0.9 > 0.6 > hot
 
 
+@pytest.mark.parametrize("model_type", ["llama", "olmo2"])
+def test_the_fast_step_is_the_plain_one_also_for_ragged_prompts(model_type, toy, toy_example):
+    """Joint products and small norms change the order of additions, nothing else; int8 stays close."""
+    config = ModelConfig(toy.size, toy.streams, toy.text, n_layer=2, n_head=4, n_kv_head=2, d_model=64,
+                         d_ff=96, model_type=model_type)
+    plain = Model(config).init_weights(torch.Generator().manual_seed(0)).requires_grad_(False)
+    for name, p in plain.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(p, 0.5, 1.5, generator=torch.Generator().manual_seed(1))
+    tokens = torch.stack([delay(generation_prefix(toy, "asr", toy_example(9, 3, seed=i))) for i in range(2)])
+    start = torch.tensor([7, 4])
+    outputs = {}
+    for kind in ("plain", "", "int8"):
+        model = plain if kind == "plain" else prepare_for_decoding(copy.deepcopy(plain), kind)
+        cache, hidden = KVCache(config, 2, 20), []
+        model.extend(tokens[:, :7], cache, torch.zeros(2, dtype=torch.long))
+        for t in range(3):
+            row = torch.stack([tokens[b, start[b] + t] for b in range(2)])
+            hidden.append(step(model, row, cache, start + t) if kind != "plain" else
+                          model.extend(row[:, None], cache, start + t)[:, 0])
+        outputs[kind] = torch.stack(hidden)
+    torch.testing.assert_close(outputs[""], outputs["plain"], rtol=1e-5, atol=1e-5)
+    error = (outputs["int8"] - outputs["plain"]).norm() / outputs["plain"].norm()
+    assert 0 < error < 0.05
+
+
+def test_streamed_speech_is_the_speech_in_pieces(tiny_run, tiny_data):
+    speaker, codes = Speaker(tiny_run), Dataset(tiny_data, "unseen")[0][0]
+    speaker.config.max_speech_s = 1.5
+    text = "seven three five"
+    [(whole, _)] = speaker.synthesise([text], [codes], torch.Generator().manual_seed(3))
+    pieces = list(speaker.synthesise_stream(text, codes, torch.Generator().manual_seed(3), chunk=10))
+    assert len(pieces) > 2 and sum(map(len, pieces)) == len(whole) * 320
+    loud = lambda wav: np.sqrt(np.square(wav[:len(wav) // 320 * 320].reshape(-1, 320)).mean(1))
+    streamed, at_once = loud(np.concatenate(pieces)), loud(speaker.decode(whole))
+    assert np.corrcoef(streamed, at_once)[0, 1] > 0.9, "the same sound, frame by frame"
+
+
 def test_batches_decode_like_single_utterances(tiny_run, tiny_data):
     speaker, dataset = Speaker(tiny_run), Dataset(tiny_data, "seen")
     codes = [dataset[i][0] for i in range(4)]
@@ -85,7 +127,7 @@ def test_the_command_line_speaks_and_listens(tiny_run, tiny_data, tmp_path):
         return subprocess.run([*sample, *arguments], capture_output=True, text=True)
 
     assert len(call("asr", voice, voice).stdout.splitlines()) == 2
-    assert "x.wav" in call("tts", "seven three five", "--prompt", voice, "--out", out).stdout
+    assert "x.wav" in call("tts", "seven three five", "--prompt", voice, "--out", out, "--quant=int8").stdout
     wav, sr = soundfile.read(out)
     assert sr == 16000 and len(wav) % 320 == 0
     assert call("continue", voice, "--out", out).returncode == 0

@@ -1,0 +1,214 @@
+"""Decode: one step of the model per frame, as fast as the memory gives out the weights.
+
+Eleventh file of the reading order. Decoding follows the released models (ESPnet-SpeechLM, arXiv
+2502.15218): the marker of the wanted modality is given, each stream may only choose its own ids, and after
+the end token N-1 more steps bring in the delayed acoustic tokens. A step at small batch sizes reads every
+weight once and computes little, so what counts is bytes: only the head rows that the grammar allows are
+read, weights lie in the order in which a thin matrix product reads them, and int8 weights are a quarter of
+fp32's.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from attention import KVCache, rotate
+from interleave import EOS, PAD, SPEECH, delay
+
+
+def pick(logits, temperature, top_k, generator=None):
+    """One id of each row: logits (..., C) -> (...). The best at temperature 0, else a draw of the top k."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    best, ids = logits.topk(min(top_k, logits.shape[-1]))                   # (..., k)
+    choice = torch.multinomial((best / temperature).softmax(-1).flatten(0, -2), 1, generator=generator)
+    return ids.gather(-1, choice.view(*ids.shape[:-1], 1))[..., 0]
+
+
+# ---- weights for decoding ----------------------------------------------------------------------------------
+
+class Int8Linear(nn.Module):
+    """A matrix in int8 with a scale per row; its input is quantised as it comes, per call. CPU only."""
+
+    def __init__(self, weight):
+        super().__init__()
+        able = torch.cpu.get_capabilities()
+        self.reduce_range = not (able.get("avx512_vnni") or able.get("avx_vnni"))     # 7 bits: no overflow
+        torch.backends.quantized.engine = "x86"
+        scale = weight.float().abs().amax(1).clamp_min(1e-8) / 127                          # (n_out,)
+        zero = torch.zeros(len(weight), dtype=torch.long)
+        matrix = torch.quantize_per_channel(weight.float().contiguous(), scale, zero, 0, torch.qint8)
+        self.packed = torch.ops.quantized.linear_prepack(matrix, None)
+
+    def forward(self, x):
+        return torch.ops.quantized.linear_dynamic(x.float(), self.packed, self.reduce_range).to(x.dtype)
+
+
+class Columns(nn.Module):
+    """A matrix (n_out, n_in), its memory ordered by columns: with few rows of x, a CPU reads it faster for x W^T,
+    up to seven times (measured, LOG.md)."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight.t().contiguous().t()
+
+    def forward(self, x):
+        return F.linear(x, self.weight)
+
+
+def rms(x, norm):
+    """`norm` of x (B, D) in small operations, a fifth of the library's time on a CPU; Identity stays."""
+    if isinstance(norm, nn.Identity):
+        return x
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)           # (B, 1)
+    scale = size.square_().mul_(1 / x.shape[-1]).add_(norm.eps).rsqrt_()
+    return x * scale.to(x.dtype) * norm.weight
+
+
+class StepBlock:
+    """model.Block for single steps: four products instead of seven, one rotation for q and k together.
+
+    Its numbers are those of Block.forward with KVCache.attend (tested). A step of a small model on a CPU
+    costs as much in calls as in arithmetic.
+    """
+
+    def __init__(self, block, quant):
+        matrix = Int8Linear if quant else Columns
+        join = lambda *names: matrix(torch.cat([getattr(block, name).weight.data for name in names]))
+        self.block, self.sizes = block, [block.n_head + block.n_kv_head, block.n_kv_head]
+        self.qkv, self.out = join("q_proj", "k_proj", "v_proj"), join("o_proj")
+        self.up, self.down = join("gate_proj", "up_proj"), join("down_proj")
+        if not quant:                       # the block's own matrices become views of the joint ones
+            for joint, names in ((self.qkv, "qkv"), (self.out, "o"), (self.up, ("gate", "up")),
+                                 (self.down, ["down"])):
+                start = 0
+                for name in names:
+                    weight = getattr(block, f"{name}_proj").weight
+                    weight.data = joint.weight[start:start + len(weight)]
+                    start += len(weight)
+
+    def __call__(self, x, cos, sin, attend):
+        """x (B, D), cos and sin (B, 1, E), attend(q (B, H, E), k, v (B, G, E)) -> (B, H, E); -> (B, D)."""
+        block, E = self.block, self.block.head_dim
+        qkv = self.qkv(rms(x, block.attn_norm))                             # (B, (H + 2 G) E)
+        if not isinstance(block.q_norm, nn.Identity):
+            q, k, v = qkv.split([block.n_head * E, block.n_kv_head * E, block.n_kv_head * E], -1)
+            qkv = torch.cat([rms(q, block.q_norm), rms(k, block.k_norm), v], -1)
+        qk, v = qkv.unflatten(-1, (-1, E)).split(self.sizes, 1)             # (B, H + G, E), (B, G, E)
+        qk = rotate(qk, cos, sin)
+        mixed = attend(qk[:, :block.n_head], qk[:, block.n_head:], v)
+        x = x + rms(self.out(mixed.flatten(1)), block.attn_out_norm)
+        gate, up = self.up(rms(x, block.mlp_norm)).chunk(2, -1)
+        return x + rms(self.down(F.silu(gate).mul_(up)), block.mlp_out_norm)
+
+
+def step(model, tokens, cache, position):
+    """`model.extend` by one row, fast: tokens (B, N), position (B,) -> hidden (B, D)."""
+    x = model.embed(tokens)                                                 # (B, D)
+    cos, sin = (table[position, None] for table in cache.rope)              # (B, 1, E)
+    end = int(position.max()) + 1
+    even = bool((position == position[0]).all())                            # then the mask hides nothing
+    mask = None if even else torch.arange(end, device=x.device) <= position[:, None, None, None]
+    for layer, block in enumerate(model.step_blocks):
+        x = block(x, cos, sin, lambda q, k, v: cache.attend_step(layer, q, k, v, position, end, mask))  # noqa: B023
+    return rms(x, model.norm)
+
+
+def prepare_for_decoding(model, quant=""):
+    """Join and lay out the blocks' matrices for single steps; quant "int8": in int8. Returns the model."""
+    if quant not in ("", "int8"):
+        raise ValueError(f"quant is 'int8' or nothing, not {quant!r}")
+    if quant and model.emb.device.type != "cpu":
+        raise ValueError("int8 decoding is for CPUs")
+    model.to(model.dtype).eval().requires_grad_(False)
+    model.quant, model.step_blocks = quant, [StepBlock(block, quant) for block in model.blocks]
+    return model
+
+
+class DecodingHeads:
+    """The head rows that one modality allows, as one matrix: hidden (B, D) -> scores of the streams."""
+
+    def __init__(self, model, vocab, modality):
+        device, c = model.emb.device, model.config
+        own = vocab.streams[0] if modality == SPEECH else vocab.text
+        self.ids = torch.cat([torch.tensor([EOS]), torch.arange(*own)]).to(device)      # of stream 0
+        self.n_first, table = len(self.ids), model.lm_head[self.ids]
+        self.first_bias = table @ model.head_emb[0] if c.published else 0
+        self.K, self.bias = 0, None
+        if modality == SPEECH and vocab.n_stream > 1:
+            self.K = vocab.n_stream - 1
+            codes = model.lm_head[c.streams[1][0]:c.streams[-1][1]]                     # (K * codes, D)
+            self.bias = (codes.unflatten(0, (self.K, -1)) * model.head_emb[1:, None]).sum(-1)   # (K, codes)
+            table = torch.cat([table, codes])
+        self.table = (Int8Linear if model.quant else Columns)(table)
+
+    def __call__(self, hidden):
+        """hidden (B, D) -> stream 0's scores of self.ids (B, 1 + own), the others' (B, K, codes) or None."""
+        scores = self.table(hidden)
+        first = scores[:, :self.n_first].float() + self.first_bias
+        if not self.K:
+            return first, None
+        return first, scores[:, self.n_first:].unflatten(1, (self.K, -1)).float() + self.bias
+
+
+# ---- generation --------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def steps(model, vocab, prefixes, modality, max_frames, min_frames=1, temperature=0.0,
+          acoustic_temperature=0.0, top_k=30, generator=None):
+    """Go on from aligned prefixes [(T_i, N)], step by step; yields (frames, known, eos) after each.
+
+    frames (B, T_max, N): aligned ids so far.  known (B,): frames of each prefix.  eos (B,): where each
+    ended, or may end at most. Frame t of a row is complete once step t - known + N - 1 is done. A step
+    predicts the delayed row t: stream n's entry belongs to frame t - n. It is one of three things:
+        frame t - n < prefix   known already (pads after a marker; acoustic tokens still due)
+        frame t - n >= eos     pad
+        else                   sampled, by the mask of its stream
+    """
+    if not hasattr(model, "step_blocks"):
+        prepare_for_decoding(model)
+    B, N, device = len(prefixes), vocab.n_stream, model.emb.device
+    known = torch.tensor([len(prefix) for prefix in prefixes], device=device)               # (B,)
+    if known.min() == 0:
+        raise ValueError("nothing to start from: give at least one token")
+    longest = int(known.max())
+    frames = torch.full((B, longest + max_frames + N, N), PAD, device=device)               # aligned
+    for b, prefix in enumerate(prefixes):
+        frames[b, :len(prefix)] = prefix
+    cache = KVCache(model.config, B, longest + max_frames + N, device, model.dtype)
+    hidden = model.extend(delay(frames)[:, :longest], cache, torch.zeros_like(known))       # (B, longest, D)
+    rows, streams = torch.arange(B, device=device), torch.arange(N, device=device)
+    hidden = hidden[rows, known - 1]                                                        # (B, D)
+
+    heads = DecodingHeads(model, vocab, modality)
+    starts = torch.tensor([start for start, _ in vocab.streams], device=device)
+    drain = N - 1 if modality == SPEECH else 0
+    eos = known + max_frames                                                                # where eos stands
+    for count in range(max_frames + drain):
+        t = known + count                                                   # (B,) the row to predict
+        row = torch.full((B, N), PAD, device=device)
+        first, acoustic = heads(hidden)
+        if count < min_frames:
+            first[:, 0] = -torch.inf
+        row[:, 0] = heads.ids[pick(first, temperature, top_k, generator)]
+        if acoustic is not None:
+            row[:, 1:] = pick(acoustic, acoustic_temperature, top_k, generator) + starts[1:]
+        eos = torch.where((row[:, 0] == EOS) & (t < eos), t, eos)
+        frame = t[:, None] - streams                                                        # (B, N)
+        given = frame < known[:, None]
+        row = torch.where(given, frames[rows[:, None], frame, streams], row)
+        row = torch.where((frame >= eos[:, None]) & ~given, PAD, row)
+        frames[rows[:, None], frame, streams] = row
+        yield frames, known, eos
+        if (t + 1 >= eos + drain).all():
+            break
+        row[:, 0] = torch.where(t == eos, EOS, row[:, 0])
+        hidden = step(model, row, cache, t)                                                 # (B, D)
+
+
+def generate(model, vocab, prefixes, modality, max_frames, *options, **named):
+    """All `steps` -> [(frames (L, N), ended)]: the new aligned frames without eos, and whether eos came by
+    itself within max_frames. Options as of `steps`."""
+    for state in steps(model, vocab, prefixes, modality, max_frames, *options, **named):
+        frames, known, eos = state
+    ended = (eos < known + max_frames).tolist()
+    return [(frames[b, known[b]:eos[b]].cpu(), ended[b]) for b in range(len(prefixes))]
