@@ -7,6 +7,8 @@ weight once and computes little, so what counts is bytes: only the head rows tha
 read, weights lie in the order in which a thin matrix product reads them, and int8 weights are a quarter of
 fp32's.
 """
+import warnings
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -31,12 +33,16 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight):
         super().__init__()
+        if not hasattr(torch, "quantize_per_channel"):      # announced in torch 2.14
+            raise ValueError("this PyTorch has dropped its int8 products: decode without quant")
         able = torch.cpu.get_capabilities()
         self.reduce_range = not (able.get("avx512_vnni") or able.get("avx_vnni"))     # 7 bits: no overflow
         torch.backends.quantized.engine = "x86"
         scale = weight.float().abs().amax(1).clamp_min(1e-8) / 127                          # (n_out,)
         zero = torch.zeros(len(weight), dtype=torch.long)
-        matrix = torch.quantize_per_channel(weight.float().contiguous(), scale, zero, 0, torch.qint8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                 # of the same announcement
+            matrix = torch.quantize_per_channel(weight.float().contiguous(), scale, zero, 0, torch.qint8)
         self.packed = torch.ops.quantized.linear_prepack(matrix, None)
 
     def forward(self, x):
@@ -44,8 +50,8 @@ class Int8Linear(nn.Module):
 
 
 class Columns(nn.Module):
-    """A matrix (n_out, n_in), its memory ordered by columns: with few rows of x, a CPU reads it faster for x W^T,
-    up to seven times (measured, LOG.md)."""
+    """A matrix (n_out, n_in), its memory ordered by columns: with few rows of x, a CPU makes x W^T from it up
+    to seven times as fast (measured, LOG.md)."""
 
     def __init__(self, weight):
         super().__init__()

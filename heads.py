@@ -162,22 +162,21 @@ def weighted_loss(model, hidden, targets, weight, modality, scope):
     if scope == "original":
         own = torch.full_like(own, window[0])
         bias = e[1:] @ codes.T if K else bias
-        jobs = [(first, acoustic, head, len(head))]                         # stream 0, others, table, prefix
+        jobs = [(first, acoustic, head, len(head), 0)]      # rows for stream 0, for the others, table, ...
     else:
         bias = (codes.unflatten(0, (K, -1)) * e[1:, None]).sum(-1) if K else bias
         text = torch.cat([head[:specials], head[slice(*c.text)]])
-        jobs = [(first & (modality == 1), acoustic, head[:c.streams[-1][1]], c.streams[0][1]),
-                (first & (modality == 0), torch.zeros_like(acoustic), text, len(text))]
+        jobs = [(first & (modality == 1), acoustic, head[:c.streams[-1][1]], c.streams[0][1], 0),
+                (first & (modality == 0), torch.zeros_like(acoustic), text, len(text), c.text[0] - specials)]
     losses, total = torch.zeros(weight.shape, device=hidden.device), 0 * hidden.sum()
-    for live, tail, table, prefix in jobs:
+    for live, tail, table, prefix, gap in jobs:
         with_codes, without = tail.nonzero()[:, 0], (live & ~tail).nonzero()[:, 0]
         row = torch.cat([with_codes, without])                              # (R,)
         if len(row) == 0:
             continue
         count = weight[row] * torch.cat([live[row, None], tail[row, None].expand(-1, K)], 1)    # (R, N)
         target = targets[row].clone()
-        if len(table) == specials + c.text[1] - c.text[0] and scope == "grammar":
-            target[:, 0] -= (target[:, 0] >= specials) * (c.text[0] - specials)
+        target[:, 0] -= (target[:, 0] >= specials) * gap                    # ids become columns of the table
         target[:, 1:] -= own
         target = torch.where(count > 0, target, 0)
         bias0 = table[:prefix] @ e[0] if c.published else e.new_zeros(prefix)

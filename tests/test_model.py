@@ -7,9 +7,11 @@ from conftest import shared_folder
 
 import heads
 from attention import KVCache, attend_dense, attend_documents
+from config import Config
 from heads import token_losses, weighted_loss
 from interleave import delay, training_example
 from model import Model, ModelConfig, from_published, to_published
+from parallel import prepare_for_speed
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,57 @@ def test_cached_steps_are_the_full_forward_also_for_ragged_prompts(toy, toy_exam
         torch.testing.assert_close(hidden[1, 0], full[1][6 + step])
     with pytest.raises(ValueError, match="cache holds"):
         model.extend(rows, cache, start + 50)
+
+
+def relative(a, b):
+    return ((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-12)).item()
+
+
+@pytest.mark.parametrize("dtype, of_loss, of_gradient", [
+    (torch.float32, 1e-5, 1e-4), (torch.bfloat16, 1e-3, 3e-2)])
+def test_the_whole_fast_path_is_the_plain_path(dtype, of_loss, of_gradient, toy, toy_example):
+    """Packed documents, attention by blocks, recomputed activations and the fused loss, against each document
+    alone, dense attention and the plain loss, in the same number format."""
+    sizes = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=64, d_ff=96)
+    model = Model(ModelConfig(toy.size, toy.streams, toy.text, **sizes), dtype)
+    model.init_weights(torch.Generator().manual_seed(0))
+    examples, results = documents(toy, toy_example), []
+
+    def dense(q, k, v, lengths):
+        T = len(q)
+        mask = torch.ones(1, 1, T, T, dtype=torch.bool).tril()
+        return attend_dense(*(x.transpose(0, 1)[None] for x in (q, k, v)), mask)[0].transpose(0, 1)
+
+    for fast in (False, True):
+        model.checkpointing, model.attend = fast, attend_documents if fast else dense
+        rows = [tuple(torch.cat(part) for part in zip(*examples))] if fast else examples
+        total = 0
+        for inputs, targets, weight, modality in rows:
+            hidden = model(inputs, [len(example[0]) for example in examples] if fast else [len(inputs)])
+            loss_of = weighted_loss if fast else token_losses
+            loss = loss_of(model, hidden, targets, weight, modality, "original")
+            total = total + (loss[0] if fast else (loss * weight).sum())
+        results.append([total, *torch.autograd.grad(total, list(model.parameters()))])
+    (plain, *plain_gradients), (fast, *fast_gradients) = results
+    assert relative(fast, plain) < of_loss
+    for a, b in zip(fast_gradients, plain_gradients):
+        assert relative(a, b) < of_gradient
+
+
+@pytest.mark.slow       # half a minute of compiling
+def test_compiled_blocks_are_the_blocks(toy, toy_example):
+    """With the switch of the configuration; where there is no compiler it says so and goes on."""
+    tokens = documents(toy, toy_example)[0][0]
+    said, outputs = [], []
+    for flag in ("false", "true"):
+        model = Model(ModelConfig(toy.size, toy.streams, toy.text, n_layer=1, n_head=2, d_model=32, d_ff=32))
+        model.init_weights(torch.Generator().manual_seed(0))
+        config = Config(compile=flag == "true")
+        prepare_for_speed(model, config, torch.device("cpu"), said.append)
+        outputs.append(model(tokens, [len(tokens)]))
+    assert said[0] == "attention: attend_documents"
+    assert "compiled" in said[1] or "no C++ compiler" in said[1]
+    torch.testing.assert_close(*outputs)
 
 
 @pytest.mark.parametrize("published", [False, True])
