@@ -327,6 +327,7 @@ def main(arguments):
     parser.add_argument("--baseline_dtype", help="another one for the baseline")
     parser.add_argument("--only", default="", help="variants whose name contains this, and the baseline")
     parser.add_argument("--compile", action="store_true", help="train: also with compiled blocks")
+    parser.add_argument("--no-memory", action="store_true", help="train: do not measure peak memory")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     args.batch = args.batch or (4 if args.what == "train" else 1)
@@ -339,7 +340,8 @@ def main(arguments):
         kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return print(kb / 1024)
     builders = {name: build for name, build in builders.items() if args.only in name or name == "baseline"}
-    memory = {name: peak_memory(arguments, name) for name in builders} if args.what == "train" else {}
+    memory = {name: peak_memory(arguments, name) for name in builders} if (
+        args.what == "train" and not args.no_memory) else {}
     dtype = compute_dtype(args.dtype, torch.device("cpu"))
     peak = gemm_peak(dtype)
     built = {name: build() for name, build in builders.items()}

@@ -17,9 +17,11 @@ from config import Config, load_config
 from convert import export_text
 from data import Dataset
 from decode import generate
+from eval import find_data
 from heads import stream_logits, token_losses
 from interleave import SPECIAL, TEXT, Vocab, text_frames
 from parallel import empty_model, fill, load_model, starting_weights
+from sample import Speaker
 from tokenize_text import TextTokenizer, find_folder, make_text_tokenizer
 from train import train
 
@@ -319,7 +321,7 @@ def call(script, *arguments):
     return subprocess.run([sys.executable, str(ROOT / script), *arguments], capture_output=True, text=True)
 
 
-def test_an_exported_run_is_read_back_bit_for_bit(tiny_run, tmp_path):
+def test_an_exported_run_is_read_back_bit_for_bit(tiny_run, tiny_data, tmp_path):
     folder = str(tmp_path / "exported")
     result = call("sample.py", "export", tiny_run, folder)
     assert result.returncode == 0, result.stderr
@@ -328,7 +330,7 @@ def test_an_exported_run_is_read_back_bit_for_bit(tiny_run, tmp_path):
     (model, config, vocab, _), (again, config2, vocab2, state) = load_model(tiny_run), load_model(folder)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
     assert (config, vocab) == (config2, vocab2) and "data" not in state
-    assert call("eval.py", folder).returncode == 0, "it finds the data where the configuration has them"
+    assert find_data(Speaker(folder)) == tiny_data, "where the configuration has them"
     taken = call("sample.py", "export", tiny_run, folder)
     assert taken.returncode == 2 and "is there already" in taken.stderr
 

@@ -11,14 +11,16 @@ from conftest import ROOT
 import prepare
 from data import Dataset
 
-ELSEWHERE = [       # .ci/run installs and tests; test_train.py runs 20 steps of the main command
-    "pip install -e . && python train.py configs/numbers.py", "pip install -e '.[test]' && pytest"]
+ELSEWHERE = [       # .ci/run installs and tests; test_train.py runs these two
+    "pip install -e . && python train.py configs/numbers.py", "pip install -e '.[test]' && pytest",
+    "python train.py configs/numbers.py --max_steps=20", "torchrun --nproc_per_node=2 train.py"]
 
 
 def commands():
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     lines = [line for block in blocks for line in block.splitlines() if line.strip()]
-    return [line for line in lines if line not in ELSEWHERE and not re.search("needs (data|GPU)", line)]
+    lines = [line for line in lines if not line.startswith(tuple(ELSEWHERE))]
+    return [line for line in lines if not re.search("needs (data|GPU)", line)]
 
 
 def in_small(command, flags):
@@ -30,7 +32,8 @@ def in_small(command, flags):
         flags = flags if "train.py" in words else [f for f in flags if f[2:].split("=")[0] in known]
         words += [*flags] + ["--text_vocab=290"] * ("--text_model=bpe" in words)
     if "bench.py" in words:
-        words += ["--size=numbers", "--turns=1", "--lengths=48", "--batch=1", "--frames=4", "--only=grammar"]
+        words += ["--size=numbers", "--turns=1", "--lengths=48", "--batch=1", "--frames=4", "--only=grammar",
+                  "--no-memory"]
     return [sys.executable, *launch, *words]
 
 
@@ -45,7 +48,7 @@ def test_every_command_runs(tiny_run, tiny_data, tiny_flags, tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for script in ROOT.glob("*.py"):
         (tmp_path / script.name).symlink_to(script)
-    flags = [*tiny_flags, "--max_steps=4", "--tts_utterances=2", "--max_speech_s=0.5"]
+    flags = [*tiny_flags, "--max_steps=2", "--tts_utterances=2", "--max_speech_s=0.5"]
     for command in commands():
         result = subprocess.run(in_small(command, flags), cwd=tmp_path, capture_output=True, text=True)
         assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
