@@ -2,7 +2,7 @@
 
 Helper, outside the reading order:  pip install -e '.[bench]'
   python bench.py train                       a step on 4 rows of 512 frames, three quarters of them speech
-  python bench.py train --lengths=real        utterances of real lengths: packed rows against padded batches
+  python bench.py train --lengths=real        utterances of real lengths: end to end against padded
   python bench.py decode --batch=8            frames a second with a cache
   python bench.py data                        the loader on one core
 Variants take turns (A B C A B C ...), on the same weights and batch; ratios are medians over the turns.
@@ -122,15 +122,6 @@ def real_lengths(n, seed=0):
     return np.clip(draws, 20, 1500).astype(int).tolist()
 
 
-def packed(docs, row_frames):
-    """First-fit-decreasing into rows -> [list of documents of a row]."""
-    rows = []
-    for doc in sorted(docs, key=lambda doc: -len(doc[0])):
-        fits = next((row for row in rows if sum(len(d[0]) for d in row) + len(doc[0]) <= row_frames), None)
-        rows.append([doc]) if fits is None else fits.append(doc)
-    return rows
-
-
 # ---- training ----------------------------------------------------------------------------------------------
 
 def make_model(args, **switches):
@@ -138,12 +129,12 @@ def make_model(args, **switches):
     dtype = compute_dtype(args.dtype, torch.device("cpu"))
     model = empty_model(config, VOCAB, dtype)
     model.init_weights(torch.Generator().manual_seed(0))
-    return prepare_for_speed(model, config, torch.device("cpu"), say=lambda *_: None), config
+    return prepare_for_speed(model, config, torch.device("cpu"), say=lambda *_: None)
 
 
 def ours(args, scope, docs, **switches):
     """-> step(): one training step on the packed documents, its loss per target frame; and the GEMM FLOPs."""
-    model, _ = make_model(args, **switches)
+    model = make_model(args, **switches)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
     tokens, targets, weight, modality = (torch.cat(part) for part in zip(*docs))
     lengths = [len(doc[0]) for doc in docs]
@@ -160,7 +151,7 @@ def ours(args, scope, docs, **switches):
 
 def baseline(args, docs, padded=False):
     """The same for the baseline; padded: documents as a padded batch, else as rows of one length."""
-    model = Baseline(make_model(args)[0])
+    model = Baseline(make_model(args))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
     T = max(len(doc[0]) for doc in docs)
     assert padded or all(len(doc[0]) == T for doc in docs)
@@ -215,10 +206,9 @@ def train_variants(args):
     """{name: function that builds (step, FLOPs, useful frames)}."""
     if args.lengths == "real":
         docs = documents(real_lengths(args.utterances))
-        rows = sum(packed(docs, 2048), [])
         return {"baseline": lambda: baseline(args, docs, padded=True),
-                "ours, original": lambda: ours(args, "original", rows),
-                "ours, grammar": lambda: ours(args, "grammar", rows)}
+                "ours, original": lambda: ours(args, "original", docs),
+                "ours, grammar": lambda: ours(args, "grammar", docs)}
     docs = documents([int(args.lengths)] * args.batch)
     variants = {"baseline": lambda: baseline(args, docs),
                 "ours, original": lambda: ours(args, "original", docs),
@@ -237,7 +227,7 @@ def prefixes(args):
 
 def decode_ours(args, quant=""):
     """-> run(): args.frames greedy frames of speech for each of the batch, behind a prompt."""
-    model = prepare_for_decoding(make_model(args)[0], quant)
+    model = prepare_for_decoding(make_model(args), quant)
     given = prefixes(args)
 
     def run():
@@ -251,7 +241,7 @@ def decode_ours(args, quant=""):
 
 def decode_baseline(args):
     dtype = compute_dtype(args.baseline_dtype or args.dtype, torch.device("cpu"))
-    model = Baseline(make_model(args)[0]).eval().requires_grad_(False).to(dtype)
+    model = Baseline(make_model(args)).eval().requires_grad_(False).to(dtype)
     given = torch.stack(prefixes(args))
 
     def run():
@@ -289,7 +279,7 @@ def loader_variants(args):
         dataset = random_dataset(folder.name, real_lengths(500))
         loader = Loader(dataset, {"asr": 1, "tts": 1}, 8, 8192, 500, 0)
         counter = iter(range(10 ** 9))
-        return lambda: loader.batch(next(counter)).n_frame + 0 * len(folder.name), 0, 8 * 8192
+        return lambda keep=folder: loader.batch(next(counter)).n_frame, 0, 8 * 8192
     return {"loader, one core": build}
 
 

@@ -35,7 +35,7 @@ class Config:
     token_streams: str = "both"     # or semantic, acoustic: one half of the speech tokens (ablations)
     loss_region: str = "whole"      # whole (pre-training) or target (fine-tuning)
     special_weight: float = 1.0     # loss weight of markers, task tokens and eos (10 in the original recipes)
-    softmax: str = "grammar"        # or original: see Model.token_losses
+    softmax: str = "grammar"        # or original: see heads.token_losses
     # model
     init_from: str = ""             # folder or hub id of a base LLM, or of a checkpoint: see convert.py
     model_type: str = "llama"       # or olmo2: see model.Block

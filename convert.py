@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from interleave import N_SPECIAL, SPECIAL, Vocab
-from model import Model, ModelConfig, body_name, published_weights
+from model import Model, ModelConfig, body_name, misfits, published_tensors, published_weights, some
 from tokenize_text import TOKENIZER_FILES, find_folder
 
 LLM_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES[1:])
@@ -33,12 +33,6 @@ KNOWN_BODIES = {    # (n_layer, d_model): the rest, of the LLMs under the publis
     (24, 2048): dict(n_head=32, n_kv_head=32, d_ff=8192, rope_theta=1.3e5, norm_eps=1e-5, model_type="llama"),
     (32, 4096): dict(n_head=32, n_kv_head=32, d_ff=11008, rope_theta=5e5, norm_eps=1e-6, model_type="olmo2"),
 }
-
-
-def some(problems, limit=6):
-    """A list of complaints as one line."""
-    more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
-    return "; ".join(problems[:limit]) + more
 
 
 def put(param, tensor):
@@ -131,12 +125,9 @@ def base_weights(folder, config, vocab, seed):
     tables = {"emb": table, "lm_head": table if body["tied"] else "lm_head.weight"}
     expected = {theirs: shapes[name] for name, theirs in sources.items()}
     expected |= {theirs: (vocab.n_text, config.d_model) for theirs in tables.values()}
-    extra = [name for name in found if name not in expected and not name.endswith("rotary_emb.inv_freq")
-             and not (body["tied"] and name == "lm_head.weight")]
-    wrong = [f"{name} is missing" for name in expected if name not in found]
-    wrong += [f"{name} is {found[name][1]}, {shape} expected" for name, shape in expected.items()
-              if name in found and found[name][1] != shape]
-    wrong += [f"{name} is unknown" for name in extra]
+    wrong = misfits({name: shape for name, (_, shape) in found.items()      # but what a Llama may repeat
+                     if not name.endswith("rotary_emb.inv_freq")
+                     and not (body["tied"] and name == "lm_head.weight")}, expected)
     if wrong:
         raise ValueError(f"{folder}: {some(wrong)}")
     generator = torch.Generator().manual_seed(seed)
@@ -237,14 +228,14 @@ def published_layout(folder, about):
     return vocab, rows, bias
 
 
-def published_body(folder, about, state):
+def published_body(folder, about, tensors):
     """The body's shape: by the base LLM's config.json, where it is at hand, or as one of the four we know."""
     tag = about.get("transformer_conf", {}).get("hf_model_tag") or ""
     for place in (folder, tag):
         if os.path.isfile(f"{place}/config.json"):
             return {name: value for name, value in read_body(place).items() if name in HF_FIELDS}
-    layers = {name.split("layers.")[1].split(".")[0] for name in state if "decoders.model.layers." in name}
-    d_model = next((t.shape[1] for name, t in state.items() if name.endswith("corelm.emb.weight")), 0)
+    layers = {name.split(".")[4] for name in tensors if name.startswith("corelm.decoders.model.layers.")}
+    d_model = tensors["corelm.emb.weight"].shape[1] if "corelm.emb.weight" in tensors else 0
     if (len(layers), d_model) not in KNOWN_BODIES:
         raise ValueError(f"{folder}: {len(layers)} layers of width {d_model} are no base LLM that we know; "
                          f"put config.json of {tag or 'the base LLM'} beside model.pth")
@@ -256,14 +247,12 @@ def read_published(folder):
 
     tag: folder or hub id of the base LLM, whose text tokenizer it needs.
     """
-    about, state = read_yaml(folder), read_pickle(f"{folder}/model.pth")
-    for wrapper in ("model", "module"):
-        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
+    about, tensors = read_yaml(folder), published_tensors(read_pickle(f"{folder}/model.pth"))
     vocab, rows, bias = published_layout(folder, about)
-    body = published_body(folder, about, state)
+    body = published_body(folder, about, tensors)
     config = ModelConfig(vocab.size, vocab.streams, vocab.text, published=True, **body)
     try:
-        weights = published_weights(state, config, bias["codec"])
+        weights = published_weights(tensors, config, bias["codec"])
     except ValueError as error:
         raise ValueError(f"{folder}/model.pth: {error}") from None
     moved = not torch.equal(rows, torch.arange(len(rows)))

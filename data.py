@@ -1,7 +1,7 @@
 """Data: token shards become packed batches, in an order that depends on nothing but (seed, step).
 
-Sixth file of the reading order. Each step draws examples afresh: a task by the mixture's weights, an
-utterance, for TTS another of its speaker as voice prompt. Each example is delayed alone and packed whole:
+Seventh file of the reading order. Each step draws examples afresh: a task by the mixture's weights, an
+utterance, for TTS another of its speaker as voice prompt. Examples are packed whole, each delayed by itself:
 
       row 0   [ asr: seven three five ......][ tts: two hundred and six .................][ text ....]  pad
       row 1   [ tts: nine .............][ asr: four two one .............][ speech: ............]       pad

@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from attention import KVCache, rotate
+from heads import acoustic_rows
 from interleave import EOS, PAD, SPEECH, delay
 
 
@@ -127,23 +128,23 @@ def prepare_for_decoding(model, quant=""):
         raise ValueError("int8 decoding is for CPUs")
     model.to(model.dtype).eval().requires_grad_(False)
     model.quant, model.step_blocks = quant, [StepBlock(block, quant) for block in model.blocks]
+    model.decoding_heads = {}               # by modality, made when first needed
     return model
 
 
 class DecodingHeads:
     """The head rows that one modality allows, as one matrix: hidden (B, D) -> scores of the streams."""
 
-    def __init__(self, model, vocab, modality):
+    def __init__(self, model, modality):
         device, c = model.emb.device, model.config
-        own = vocab.streams[0] if modality == SPEECH else vocab.text
+        own = c.streams[0] if modality == SPEECH else c.text
         self.ids = torch.cat([torch.tensor([EOS]), torch.arange(*own)]).to(device)      # of stream 0
         self.n_first, table = len(self.ids), model.lm_head[self.ids]
         self.first_bias = table @ model.head_emb[0] if c.published else 0
         self.K, self.bias = 0, None
-        if modality == SPEECH and vocab.n_stream > 1:
-            self.K = vocab.n_stream - 1
-            codes = model.lm_head[c.streams[1][0]:c.streams[-1][1]]                     # (K * codes, D)
-            self.bias = (codes.unflatten(0, (self.K, -1)) * model.head_emb[1:, None]).sum(-1)   # (K, codes)
+        if modality == SPEECH and c.n_stream > 1:
+            self.K = c.n_stream - 1
+            codes, self.bias = acoustic_rows(model)                                     # (K * codes, D)
             table = torch.cat([table, codes])
         self.table = (Int8Linear if model.quant else Columns)(table)
 
@@ -185,8 +186,9 @@ def steps(model, vocab, prefixes, modality, max_frames, min_frames=1, temperatur
     rows, streams = torch.arange(B, device=device), torch.arange(N, device=device)
     hidden = hidden[rows, known - 1]                                                        # (B, D)
 
-    heads = DecodingHeads(model, vocab, modality)
-    starts = torch.tensor([start for start, _ in vocab.streams], device=device)
+    if modality not in model.decoding_heads:
+        model.decoding_heads[modality] = DecodingHeads(model, modality)
+    heads, starts = model.decoding_heads[modality], vocab.starts.to(device)
     drain = N - 1 if modality == SPEECH else 0
     eos = known + max_frames                                                                # where eos stands
     for count in range(max_frames + drain):

@@ -186,7 +186,7 @@ def evaluate(run, whisper_folder=None, data=None, quant=""):
     data = find_data(speaker, data)
     seen, unseen = (Dataset(data, split, token_streams=c.token_streams) for split in ("seen", "unseen"))
     for dataset in (seen, unseen):
-        dataset.vocab = same_vocab(dataset.vocab, speaker.vocab, data)
+        dataset.vocab = same_vocab(dataset.vocab, speaker.vocab, run)
     results, transcripts = {"asr": {}}, {}
     for name, dataset in (("seen", seen), ("unseen", unseen)):
         results["asr"][name], transcripts[f"asr_{name}"] = evaluate_asr(speaker, dataset, c.eval_utterances)

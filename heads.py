@@ -1,6 +1,6 @@
 """Heads: what a hidden state says about the next N tokens, and what that costs.
 
-Second file of the reading order; it imports nothing of ours. The Transformer (model.py, next) makes one
+Second file of the reading order; it imports nothing of ours. The Transformer (model.py) makes one
 hidden state of every frame; here it is turned into N predictions at once and into the loss that trains all
 streams together (OpusLM, arXiv 2506.17611, section 2).
 
@@ -24,16 +24,15 @@ def stream_logits(model, hidden, stream, rows):
     return F.linear(hidden, model.lm_head[rows].to(hidden.dtype)).float()
 
 
-def acoustic_logits(model, hidden):
-    """hidden (..., D) -> (..., K, codes): the scores of streams 1.. (K = N-1) over their own codes, fp32.
+def acoustic_rows(model):
+    """What streams 1.. (K = N-1) need to score their own codes: rows (K * codes, D), bias (K, codes).
 
     One product serves all K streams: W (h + e_n) = W h + W e_n, a stream only adds a bias to its scores.
     """
-    K, (start, end) = model.config.n_stream - 1, (model.config.streams[1][0], model.config.streams[-1][1])
-    head = model.lm_head[start:end].unflatten(0, (K, -1)).to(hidden.dtype)                  # (K, codes, D)
-    bias = (head * model.head_emb[1:, None].to(hidden.dtype)).sum(-1)                       # (K, codes)
-    scores = F.linear(hidden, head.flatten(0, 1)).unflatten(-1, bias.shape) + bias          # (..., K, codes)
-    return scores.float()
+    c = model.config
+    rows = model.lm_head[c.streams[1][0]:c.streams[-1][1]]
+    own = rows.unflatten(0, (c.n_stream - 1, -1))                           # (K, codes, D)
+    return rows, (own * model.head_emb[1:, None]).sum(-1)
 
 
 # ---- the loss, plain ---------------------------------------------------------------------------------------
@@ -106,7 +105,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, table, bias0, bias, target, weight, n_acoustic, prefix, window, with_gradient):
-        """hidden (R, D), table (C, D), bias0 (prefix,), bias (K, width), target and weight (R, 1 + K).
+        """hidden (R, D), table (C, D), bias0 (prefix,) or None, bias (K, width), target, weight (R, 1 + K).
 
         The first n_acoustic rows have targets in streams 1.. too. target: columns within the prefix and, for
         streams 1.., within a stream's part of the window: of equal parts, or the whole of it for each stream.
@@ -114,37 +113,40 @@ class LinearCrossEntropy(torch.autograd.Function):
         """
         W, (start, end), (R, C) = table.to(hidden.dtype), window, (len(hidden), len(table))
         losses = torch.zeros(weight.shape, device=hidden.device)
-        g_hidden, g_table, g_bias0, g_bias = (torch.zeros_like(x) for x in (hidden, table, bias0, bias))
+        g_hidden, g_table, g_bias0, g_bias = ctx.gradients = [
+            torch.zeros_like(x) if with_gradient and x is not None else None
+            for x in (hidden, table, bias0, bias)]
         step = max(16, CHUNK // C)
         for row in [*range(0, n_acoustic, step), *range(n_acoustic, R, step)]:
             acoustic = row < n_acoustic
             rows = slice(row, min(row + step, n_acoustic if acoustic else R))
             scores = (hidden[rows] @ W.T).float()                           # (r, C)
-            losses[rows, :1], first = own_softmax(
-                (scores[:, :prefix] + bias0)[:, None], target[rows, :1], weight[rows, :1])
+            own = scores[:, :prefix] if bias0 is None else scores[:, :prefix] + bias0
+            losses[rows, :1], first = own_softmax(own[:, None], target[rows, :1], weight[rows, :1])
+            if with_gradient and bias0 is not None:
+                g_bias0 += first.sum((0, 1))                              # before slope, a view of it, grows
             slope = first[:, 0] if prefix == C else F.pad(first[:, 0], (0, C - prefix))     # (r, C)
-            g_bias0 += first.sum((0, 1))
             if acoustic and bias.shape[1] == end - start:                   # one softmax over the window
                 losses[rows, 1:], others, of_bias = shared_softmax(
                     scores[:, start:end], bias, target[rows, 1:], weight[rows, 1:])
-                g_bias += of_bias
                 slope[:, start:end] += others
             elif acoustic:                                                  # a part of the window for each
                 parts = scores[:, start:end].unflatten(1, bias.shape) + bias                # (r, K, width)
                 losses[rows, 1:], others = own_softmax(parts, target[rows, 1:], weight[rows, 1:])
-                g_bias += others.sum(0)
+                of_bias = others.sum(0)
                 slope[:, start:end] += others.flatten(1)
             if with_gradient:
                 slope = slope.to(hidden.dtype)
                 g_hidden[rows] = slope @ W
                 g_table += slope.T @ hidden[rows]
-        ctx.gradients = g_hidden, g_table, g_bias0, g_bias
+                if acoustic:
+                    g_bias += of_bias
         ctx.mark_non_differentiable(losses)
         return (losses * weight).sum(), losses
 
     @staticmethod
     def backward(ctx, upstream, _):
-        return *(gradient.mul_(upstream) for gradient in ctx.gradients), *[None] * 6
+        return *(g if g is None else g.mul_(upstream) for g in ctx.gradients), *[None] * 6
 
 
 def weighted_loss(model, hidden, targets, weight, modality, scope):
@@ -156,15 +158,14 @@ def weighted_loss(model, hidden, targets, weight, modality, scope):
     K, specials = c.n_stream - 1, c.n_special
     first, acoustic = weight[:, 0] > 0, (weight[:, 1:] > 0).any(1)          # (S,)
     window = (c.streams[1][0], c.streams[-1][1]) if K else (0, 0)
-    codes = head[slice(*window)]                                            # (all acoustic codes, D)
     own = torch.tensor([start for start, _ in c.streams[1:]], dtype=torch.long, device=hidden.device)   # (K,)
     bias = e.new_zeros(0, 0)                                                # (K, a stream's codes)
     if scope == "original":
         own = torch.full_like(own, window[0])
-        bias = e[1:] @ codes.T if K else bias
+        bias = e[1:] @ head[slice(*window)].T if K else bias
         jobs = [(first, acoustic, head, len(head), 0)]      # rows for stream 0, for the others, table, ...
     else:
-        bias = (codes.unflatten(0, (K, -1)) * e[1:, None]).sum(-1) if K else bias
+        bias = acoustic_rows(model)[1] if K else bias
         text = torch.cat([head[:specials], head[slice(*c.text)]])
         jobs = [(first & (modality == 1), acoustic, head[:c.streams[-1][1]], c.streams[0][1], 0),
                 (first & (modality == 0), torch.zeros_like(acoustic), text, len(text), c.text[0] - specials)]
@@ -179,7 +180,7 @@ def weighted_loss(model, hidden, targets, weight, modality, scope):
         target[:, 0] -= (target[:, 0] >= specials) * gap                    # ids become columns of the table
         target[:, 1:] -= own
         target = torch.where(count > 0, target, 0)
-        bias0 = table[:prefix] @ e[0] if c.published else e.new_zeros(prefix)
+        bias0 = table[:prefix] @ e[0] if c.published else None
         loss, of_row = LinearCrossEntropy.apply(hidden[row], table, bias0, bias, target, count,
                                                 len(with_codes), prefix, window, torch.is_grad_enabled())
         total = total + loss

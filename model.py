@@ -206,8 +206,7 @@ class Model(nn.Module):
         return {"loss": loss / learn[..., 0].sum(), "element_loss": losses.view(B, T - 1, N) * weight}
 
 
-# ---- names of Hugging Face and of the published checkpoints
-# --------------------------------------------------
+# ---- names of Hugging Face and of the published checkpoints ------------------------------------------------
 
 NORM_NAMES = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",               # Llama
               "attn_out_norm": "post_attention_layernorm", "mlp_out_norm": "post_feedforward_layernorm",
@@ -231,35 +230,55 @@ def to_published(tensors):
 
 Model.to_published = staticmethod(to_published)
 
-def published_weights(state, config, codec):
-    """The tensors of ESPnet's layout {"corelm.*": tensor} as {our name: tensor}; an error names the misfits.
+
+def some(problems, limit=6):
+    """A list of complaints as one line."""
+    more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
+    return "; ".join(problems[:limit]) + more
+
+
+def misfits(found, expected):
+    """Complaints about tensors: {name: shape} that are there, against those there should be."""
+    wrong = [f"{name} is missing" for name in expected if name not in found]
+    wrong += [f"{name} is {tuple(found[name])}, {tuple(shape)} expected" for name, shape in expected.items()
+              if name in found and tuple(found[name]) != tuple(shape)]
+    return wrong + [f"{name} is unknown" for name in found if name not in expected]
+
+
+def published_tensors(state):
+    """A loaded checkpoint, flat or under "model" or "module" -> {"corelm.*" or "criterion.*": tensor}."""
+    for wrapper in ("model", "module"):
+        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
+    return {re.sub(r"^.*?(?=(corelm|criterion)\.)", "", name): tensor for name, tensor in state.items()}
+
+
+def published_weights(tensors, config, codec):
+    """`published_tensors` as {our name: tensor}; an error names the misfits.
 
     Older checkpoints score the codec streams with a matrix of their own: it takes the place of the codec rows
     (start, end) of lm_head, which no codec loss has ever used there. Rows of head_emb beyond stream N are
     cut.
     """
     with torch.device("meta"):
-        expected = Model(config).state_dict()
-    bare = {re.sub(r"^.*?(?=(corelm|criterion)\.)", "", name): tensor for name, tensor in state.items()}
-    weights, wrong = {}, []
-    for name, like in expected.items():
-        theirs, = to_published({name: like})
-        tensor = bare.pop(theirs, None)
-        tensor = tensor[:len(like)] if name == "head_emb" and tensor is not None else tensor
-        if tensor is None or tensor.shape != like.shape:
-            wrong.append(f"{theirs} is {'missing' if tensor is None else tuple(tensor.shape)}, "
-                         f"{tuple(like.shape)} expected")
-        weights[name] = tensor
-    bare.pop("criterion.lm_head.weight", None)                              # the same tensor once more
+        ours = Model(config).state_dict()
+    theirs = to_published({name: name for name in ours})                    # {their name: our name}
+    tensors = dict(tensors)
+    tensors.pop("criterion.lm_head.weight", None)                           # the same tensor once more
     aux_shape = (codec[1] - codec[0], config.d_model)
-    aux = [(name, bare.pop(name)) for name, tensor in list(bare.items()) if tensor.shape == aux_shape]
-    wrong += [f"{name} is unknown" for name in bare]
-    wrong += [f"{name} is not {aux[0][0]}" for name, tensor in aux[1:] if not torch.equal(tensor, aux[0][1])]
+    aux = {name: tensors.pop(name) for name, tensor in list(tensors.items())
+           if name not in theirs and tensor.shape == aux_shape}
+    if "corelm.head_emb.weight" in tensors:
+        tensors["corelm.head_emb.weight"] = tensors["corelm.head_emb.weight"][:config.n_stream]
+    wrong = misfits({name: tensor.shape for name, tensor in tensors.items()},
+                    {name: ours[our].shape for name, our in theirs.items()})
+    first = next(iter(aux), None)
+    wrong += [f"{name} is not {first}" for name in aux if not torch.equal(aux[name], aux[first])]
     if wrong:
-        raise ValueError("; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""))
+        raise ValueError(some(wrong))
+    weights = {our: tensors[name] for name, our in theirs.items()}
     if aux:
         weights["lm_head"] = weights["lm_head"].clone()
-        weights["lm_head"][codec[0]:codec[1]] = aux[0][1]
+        weights["lm_head"][codec[0]:codec[1]] = aux[first]
     return weights
 
 
@@ -270,17 +289,16 @@ def from_published(state, body, token_bias):
     n_kv_head, rope_theta, rms_norm_eps, model_type.  token_bias: {modality: (start, end)} with ssl, codec and
     text_bpe. ValueError names what does not fit. (Folders with model.pth: convert.py.)
     """
-    for wrapper in ("model", "module"):
-        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
+    tensors = published_tensors(state)
     shape = {name: body[name] for name in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "rope_theta",
                                            "model_type")}
     start, end = token_bias["codec"]
     edges = range(start, end + 1, (end - start) // 8)                       # of the 8 acoustic levels
-    n_row = next((len(tensor) for name, tensor in state.items() if name.endswith("corelm.emb.weight")), 0)
+    n_row = len(tensors.get("corelm.emb.weight", ()))
     config = ModelConfig(n_row, [tuple(token_bias["ssl"]), *zip(edges, edges[1:])],
                          tuple(token_bias["text_bpe"]), published=True, norm_eps=body["rms_norm_eps"],
                          **shape)
-    weights = published_weights(state, config, (start, end))
+    weights = published_weights(tensors, config, (start, end))
     with torch.device("meta"):
         model = Model(config)
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)

@@ -17,9 +17,19 @@ from safetensors.torch import save_file
 
 from attention import attend_flash, attend_varlen
 from config import Config, read_config, save_config
-from convert import find_start, is_published, list_tensors, put, read_published, read_tensor, start_weights
+from convert import (
+    find_start,
+    is_published,
+    list_tensors,
+    published_layout,
+    put,
+    read_published,
+    read_tensor,
+    read_yaml,
+    start_weights,
+)
 from interleave import N_SPECIAL, Vocab
-from model import Model, ModelConfig
+from model import Model, ModelConfig, misfits, some
 
 # ---- processes ---------------------------------------------------------------------------------------------
 
@@ -27,7 +37,7 @@ def keep_freed_memory():
     """Tell glibc to reuse large freed blocks instead of giving them back to the system.
 
     A training step on a CPU allocates the same hundreds of blocks each time; fetching every page anew took a
-    fifth of a step of the 135M model.
+    quarter of a step of the 135M model.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -130,15 +140,13 @@ def empty_model(config, vocab, dtype=torch.float32, device="cpu"):
     return model.to_empty(device=device)
 
 
-def checkpoint_weights(folder, model, what="the configuration's"):
+def checkpoint_weights(folder, model):
     """A checkpoint folder of ours as {name: function that reads it}; an error names what does not fit."""
     found = list_tensors(folder)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    wrong = sorted(set(found) ^ set(shapes)) + [
-        f"{name}: {found[name][1]} there, {shapes[name]} here"
-        for name in shapes if name in found and found[name][1] != shapes[name]]
+    wrong = misfits({name: shape for name, (_, shape) in found.items()}, shapes)
     if wrong:
-        raise ValueError(f"{folder} holds another model than {what}: {'; '.join(wrong[:5])}")
+        raise ValueError(f"{folder} holds another model than the configuration's: {some(wrong)}")
     return {name: (lambda name=name: read_tensor(found[name][0], name)) for name in shapes}
 
 
@@ -162,8 +170,9 @@ def starting_vocab(folder, vocab):
     """The vocabulary of a model that starts from `folder`, what `init_from` names or "", on these data."""
     if newest(folder):
         return same_vocab(vocab, read_state(newest(folder))["vocab"], folder)
-    if folder and is_published(find_start(folder)):
-        return same_vocab(vocab, read_published(find_start(folder))[1], folder)
+    found = find_start(folder) if folder else ""
+    if found and is_published(found):
+        return same_vocab(vocab, published_layout(found, read_yaml(found))[0], folder)
     return vocab
 
 

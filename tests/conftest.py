@@ -1,6 +1,7 @@
 """What several lessons share: a toy vocabulary, and a tiny corpus that is made once per test session."""
 import os
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -69,3 +70,13 @@ def tiny_run(tiny_data, tiny_flags, tmp_path_factory):
     out = str(tmp_path_factory.mktemp("run"))
     train(load_config([*tiny_flags, f"--out_dir={out}", "--max_steps=3", "--max_speech_s=0.6"]), tiny_data)
     return out
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory):
+    """The real SmolLM2-135M-Instruct, where the real material is; converted once, outside the checkout."""
+    if not shared_folder():
+        pytest.skip("no real weights here")
+    cache = os.environ.get("NANO_CACHE", os.path.expanduser("~/.cache/nano-opuslm/models"))
+    subprocess.run(["bash", shared_folder() / "models/get_models.sh", cache], check=True, capture_output=True)
+    return f"{cache}/smollm2-135m"

@@ -13,6 +13,8 @@ def counts():
 def test_files_stay_under_their_caps():
     for name, lines in counts().items():
         assert lines <= (350 if name in ("model.py", "train.py") else 400), f"{name} has {lines} lines"
+    for path in (ROOT / "tests").glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, f"{path.name} is a lesson too long"
 
 
 def test_the_readme_states_the_true_line_counts():

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, shared_folder
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 from attention import KVCache
@@ -22,7 +22,7 @@ from heads import stream_logits, token_losses
 from interleave import SPECIAL, TEXT, Vocab, text_frames
 from parallel import empty_model, fill, load_model, starting_weights
 from sample import Speaker
-from tokenize_text import TextTokenizer, find_folder, make_text_tokenizer
+from tokenize_text import TextTokenizer
 from train import train
 
 BODIES = {      # model_type, query heads, key-value heads, tied
@@ -128,12 +128,6 @@ def test_a_folder_that_does_not_fit_is_named_before_anything_is_filled(kind, mes
     with pytest.raises(ValueError, match=message) as caught:
         starting_weights(config, VOCAB)
     assert "\n" not in str(caught.value), "one line"
-
-
-def test_a_hub_id_without_the_hub_names_the_files(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="needed are config.json, tokenizer.json"):
-        find_folder("nobody/nothing", ["config.json", "tokenizer.json"])
 
 
 def test_the_command_line_says_it_in_one_line_and_leaves_with_2(tmp_path):
@@ -365,16 +359,6 @@ shutters; the smell of bread went down the hill and met the smell of salt and ta
 o'clock the first clouds stood over the hills, small and grey."""
 
 
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
-    """The real SmolLM2-135M-Instruct, where the real material is; converted once, outside the checkout."""
-    if not shared_folder():
-        pytest.skip("no real weights here")
-    cache = os.environ.get("NANO_CACHE", os.path.expanduser("~/.cache/nano-opuslm/models"))
-    subprocess.run(["bash", shared_folder() / "models/get_models.sh", cache], check=True, capture_output=True)
-    return f"{cache}/smollm2-135m"
-
-
 def test_the_real_smollm2_is_itself_inside_the_nine_stream_model(smollm2):
     """Logits, perplexity of a page, and 64 greedy tokens are those of transformers, before any training."""
     transformers = pytest.importorskip("transformers")
@@ -397,19 +381,3 @@ def test_the_real_smollm2_is_itself_inside_the_nine_stream_model(smollm2):
     generated = generated[0, 30:]
     [(frames, _)] = generate(model, vocab, [text_frames(vocab, prompt)], TEXT, 64, 64)
     assert (frames[:, 0] - vocab.text_start).tolist() == generated.tolist() and eos not in generated
-
-
-def test_text_of_any_script_comes_back(tmp_path, request):
-    """Tokenizers of our own, and the real one of SmolLM2 where it is, return any Unicode text as it was."""
-    random_text = "".join(chr(i) for i in torch.randint(32, 0xd7ff, (300,)).tolist() if i != 0x2581)
-    texts = ["one two", " one", "one  two ", "", "\n\ta", "na\u00efve \u65e5\u672c\u8a9e \U0001f600",
-             "\ufb01\u00b2 e\u0301", "<|im_start|>x", "\x00", random_text]
-    own = [make_text_tokenizer(["one two three four", "five six seven"] * 9, kind, size)
-           for kind, size in (("bpe", 290), ("unigram", 290), ("char", 0))]
-    for i, tokenizer in enumerate(own):
-        tokenizer.save(str(tmp_path / f"{i}"))
-        tokenizer = TextTokenizer.load(str(tmp_path / f"{i}"))
-        assert [tokenizer.decode(tokenizer.encode(text)) for text in texts] == texts
-    if shared_folder():
-        real = TextTokenizer.load(request.getfixturevalue("smollm2"))
-        assert [real.decode(real.encode(text)) for text in texts] == texts and real.n_text == 49152
