@@ -172,7 +172,7 @@ def steps(model, vocab, prefixes, modality, max_frames, min_frames=1, temperatur
         else                   sampled, by the mask of its stream
     """
     if not hasattr(model, "step_blocks"):
-        prepare_for_decoding(model)
+        raise ValueError("decoding lays out a model's weights anew: call prepare_for_decoding(model) first")
     B, N, device = len(prefixes), vocab.n_stream, model.emb.device
     known = torch.tensor([len(prefix) for prefix in prefixes], device=device)               # (B,)
     if known.min() == 0:

@@ -179,9 +179,9 @@ def find_data(speaker, folder=None):
     raise ValueError(f"no prepared data at {' or '.join(filter(None, places))}: name them, --data=FOLDER")
 
 
-def evaluate(run, whisper_folder=None, data=None, quant=""):
+def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto"):
     """Measure everything, write results.json, wavs and curves.png into the run's folder; returns results."""
-    began, speaker = time.time(), Speaker(run, quant=quant)
+    began, speaker = time.time(), Speaker(run, quant=quant, dtype=dtype)
     run, c = speaker.run, speaker.config
     data = find_data(speaker, data)
     seen, unseen = (Dataset(data, split, token_streams=c.token_streams) for split in ("seen", "unseen"))
@@ -238,9 +238,10 @@ if __name__ == "__main__":
     parser.add_argument("--whisper", help="folder of a Whisper model in CTranslate2 form")
     parser.add_argument("--data", help="folder of prepared data (default: those of the training)")
     parser.add_argument("--quant", default="", help="int8: faster decoding on a CPU")
+    parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
     args = parser.parse_args()
     try:
-        print(table(evaluate(args.run, args.whisper, args.data, args.quant)))
+        print(table(evaluate(args.run, args.whisper, args.data, args.quant, args.dtype)))
     except ValueError as problem:
         print(f"eval.py: {problem}", file=sys.stderr)
         sys.exit(2)

@@ -227,12 +227,13 @@ def read_state(folder):
     return state | {"vocab": Vocab(**state["vocab"])}
 
 
-def load_model(folder, device="cpu"):
+def load_model(folder, device="cpu", dtype="float32"):
     """A folder -> (inference model, Config, Vocab, state).
 
     folder: a run's (its newest checkpoint), a checkpoint's, an exported one, or that of a published OpusLM,
-    which then decodes as its authors do.
+    which then decodes as its authors do.  dtype: of weights and activations, as of `compute_dtype`.
     """
+    dtype = compute_dtype(dtype, torch.device(device))
     if is_published(folder):
         body, vocab, weights, tag = read_published(folder)
         config = Config(**body, init_from=tag or "", prompt_len=500, temperature=0.8,
@@ -246,6 +247,8 @@ def load_model(folder, device="cpu"):
         vocab = state["vocab"]
         with torch.device("meta"):
             weights = checkpoint_weights(found, make_model(config, vocab))
-    model = empty_model(config, vocab, device=device)
+    with torch.device("meta"):
+        model = make_model(config, vocab, dtype).to(dtype)
+    model.to_empty(device=device)
     fill(model, weights)
     return model.eval().requires_grad_(False), config, vocab, state

@@ -32,8 +32,8 @@ from tokenize_text import TOKENIZER_FILES, TextTokenizer, find_folder
 class Speaker:
     """A trained model with its tokenizers: `transcribe`, `synthesise`, `continue_speech`, `continue_text`."""
 
-    def __init__(self, run, device="cpu", quant=""):
-        self.model, self.config, self.vocab, self.state = load_model(run, device)
+    def __init__(self, run, device="cpu", quant="", dtype="auto"):
+        self.model, self.config, self.vocab, self.state = load_model(run, device, dtype)
         prepare_for_decoding(self.model, quant)
         self.run, self.tokenizer = run, None
         if is_published(run):           # its text tokenizer is the base LLM's; audio tokenizers are elsewhere
@@ -152,7 +152,7 @@ def export(run, folder, text_only=False):
     or, text_only, the LLM that is left without speech, in Hugging Face's form."""
     if os.path.exists(folder):
         raise ValueError(f"{folder} is there already: name a new folder")
-    speaker, beside = Speaker(run), folder.rstrip("/") + ".tmp"
+    speaker, beside = Speaker(run, dtype="float32"), folder.rstrip("/") + ".tmp"
     shutil.rmtree(beside, ignore_errors=True)
     os.makedirs(beside)
     if text_only:
@@ -207,9 +207,10 @@ def main():
     parser.add_argument("--top_k", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quant", default="", help="int8: faster decoding on a CPU")
+    parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
     parser.add_argument("--stream", action="store_true", help="tts: write while it speaks")
     args = parser.parse_args()
-    speaker = Speaker(args.run, quant=args.quant)
+    speaker = Speaker(args.run, quant=args.quant, dtype=args.dtype)
     for name in ("temperature", "acoustic_temperature", "top_k"):
         if getattr(args, name) is not None:
             setattr(speaker.config, name, getattr(args, name))

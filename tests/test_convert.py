@@ -16,7 +16,7 @@ from attention import KVCache
 from config import Config, load_config
 from convert import export_text
 from data import Dataset
-from decode import generate
+from decode import generate, prepare_for_decoding
 from eval import find_data
 from heads import stream_logits, token_losses
 from interleave import SPECIAL, TEXT, Vocab, text_frames
@@ -379,5 +379,6 @@ def test_the_real_smollm2_is_itself_inside_the_nine_stream_model(smollm2):
     with torch.no_grad():
         generated = theirs.generate(prompt[None], max_new_tokens=64, min_new_tokens=64, do_sample=False)
     generated = generated[0, 30:]
+    prepare_for_decoding(model)
     [(frames, _)] = generate(model, vocab, [text_frames(vocab, prompt)], TEXT, 64, 64)
     assert (frames[:, 0] - vocab.text_start).tolist() == generated.tolist() and eos not in generated

@@ -12,6 +12,7 @@ from conftest import ROOT
 from attention import KVCache
 from data import Dataset
 from decode import generate, pick, prepare_for_decoding, step
+from eval import perplexities
 from heads import stream_logits
 from interleave import EOS, PAD, SPEECH, TEXT, delay, generation_prefix, speech_codes
 from model import Model, ModelConfig
@@ -22,8 +23,7 @@ from sample import Speaker
 def model(toy):
     config = ModelConfig(toy.size, toy.streams, toy.text, n_layer=2,
                           n_head=2, n_kv_head=1, d_model=32, d_ff=64)
-    return Model(config).init_weights(torch.Generator().manual_seed(0)).requires_grad_(False)
-
+    return prepare_for_decoding(Model(config).init_weights(torch.Generator().manual_seed(0)))
 
 
 def test_each_stream_only_says_its_own_ids(toy, toy_example, model):
@@ -102,7 +102,7 @@ def test_the_fast_step_is_the_plain_one_also_for_ragged_prompts(model_type, toy,
 
 def test_streamed_speech_is_the_speech_in_pieces(tiny_run, tiny_data, monkeypatch):
     """75 frames, with no end before, in pieces of at least 10."""
-    speaker, codes = Speaker(tiny_run), Dataset(tiny_data, "unseen")[0][0]
+    speaker, codes = Speaker(tiny_run, dtype="float32"), Dataset(tiny_data, "unseen")[0][0]
     monkeypatch.setattr(speaker, "speech_options", lambda _, g: (SPEECH, 75, 75, 0.5, 0.5, 10, g))
     text = "seven three five"
     [(whole, _)] = speaker.synthesise([text], [codes], torch.Generator().manual_seed(3))
@@ -114,9 +114,20 @@ def test_streamed_speech_is_the_speech_in_pieces(tiny_run, tiny_data, monkeypatc
 
 
 def test_batches_decode_like_single_utterances(tiny_run, tiny_data):
-    speaker, dataset = Speaker(tiny_run), Dataset(tiny_data, "seen")
+    speaker, dataset = Speaker(tiny_run, dtype="float32"), Dataset(tiny_data, "seen")
     codes = [dataset[i][0] for i in range(4)]
     assert speaker.transcribe(codes) == [text for one in codes for text in speaker.transcribe([one])]
+
+
+def test_bfloat16_halves_the_weights_and_reads_about_the_same(tiny_run, tiny_data):
+    models = {dtype: Speaker(tiny_run, dtype=dtype) for dtype in ("float32", "bfloat16")}
+    bytes_of = {dtype: sum(p.nbytes for p in speaker.model.parameters()) for dtype, speaker in models.items()}
+    assert bytes_of["float32"] == 2 * bytes_of["bfloat16"]
+    loss = {dtype: perplexities(speaker, Dataset(tiny_data, "seen"))["semantic"]
+            for dtype, speaker in models.items()}
+    assert loss["bfloat16"] == pytest.approx(loss["float32"], rel=0.02)
+    assert loss["bfloat16"] != loss["float32"]
+    assert len(models["bfloat16"].transcribe([Dataset(tiny_data, "seen")[0][0]])) == 1
 
 
 def test_the_command_line_speaks_and_listens(tiny_run, tiny_data, tmp_path):
