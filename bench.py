@@ -37,7 +37,14 @@ from decode import prepare_for_decoding, steps
 from heads import weighted_loss
 from interleave import SPEECH, Vocab, speech_frames, text_frames
 from model import body_name
-from parallel import compute_dtype, empty_model, keep_freed_memory, prepare_for_speed
+from parallel import (
+    compute_dtype,
+    empty_model,
+    gemm_peak,
+    keep_freed_memory,
+    prepare_for_speed,
+    training_flops,
+)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 VOCAB = Vocab(5000, 1024, 8, 49152)
@@ -146,7 +153,11 @@ def ours(args, scope, docs, **switches):
         (loss / n).backward()
         finish_step(model, optimizer)
         return float(loss.detach()) / n
-    return step, flops(model, lengths, weight, modality, scope), sum(lengths)
+    first = weight[:, 0] > 0
+    kinds = (int((first & (modality == kind)).sum()) for kind in (0, 1))
+    count = training_flops(model.config, sum(lengths), lengths, *kinds, int((weight[:, 1:] > 0).any(1).sum()),
+                           scope)
+    return step, count, sum(lengths)
 
 
 def baseline(args, docs, padded=False):
@@ -173,33 +184,6 @@ def finish_step(model, optimizer):
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-
-
-def flops(model, lengths, weight, modality, scope):
-    """Multiply-adds x 2, forward and backward, that the loss asks for (see the top of the file)."""
-    c, D = model.config, model.config.d_model
-    body = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
-    attention = sum(2 * T * (T + 1) / 2 * D for T in lengths) * c.n_layer   # scores and their mixture
-    first, acoustic = weight[:, 0] > 0, (weight[:, 1:] > 0).any(1)
-    if scope == "original":
-        heads = int((first | acoustic).sum()) * c.vocab_size * D
-    else:
-        text, speech = (int((first & (modality == kind)).sum()) for kind in (0, 1))
-        heads = text * (c.n_special + c.text[1] - c.text[0]) * D + speech * c.streams[0][1] * D
-        heads += int(acoustic.sum()) * (c.streams[-1][1] - c.streams[1][0]) * D
-    return 6 * (body * sum(lengths) + attention + heads)
-
-
-def gemm_peak(dtype, seconds=1.0):
-    """FLOP/s of a large matrix product with all threads."""
-    a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
-    a @ b
-    best, end = 0.0, time.time() + seconds
-    while time.time() < end:
-        began = time.perf_counter()
-        a @ b
-        best = max(best, 2 * 2048 ** 3 / (time.perf_counter() - began))
-    return best
 
 
 def train_variants(args):

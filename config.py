@@ -65,9 +65,14 @@ class Config:
     dtype: str = "auto"             # activations: bfloat16 where the machine multiplies it fast, else float32
     compile: bool = False           # torch.compile for the blocks: where many steps pay for its half minute
     checkpointing: bool = False     # recompute activations in the backward pass: less memory, more time
+    shard: int = 0                  # workers that share one copy of the weights (FSDP2): 0 = all; 1 = none
     workers: int = 0                # processes that `python train.py` starts; 0 = one per core on a CPU
     save_every: int = 250           # steps
     keep_last: int = 2              # checkpoints
+    keep_every: int = 0             # steps: checkpoints of multiples of it stay for ever; 0 = none
+    timeout_s: float = 600.0        # a worker that waits longer for another gives up
+    max_bad_steps: int = 10         # in a row with a loss or gradient that is not finite: stop
+    track: str = ""                 # wandb or trackio: log there too
     eval_every: int = 250           # steps between held-out losses
     log_every: int = 10
     # evaluation

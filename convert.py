@@ -1,9 +1,9 @@
 """Convert: the weights of text LLMs and of published OpusLM checkpoints in, plain text LLMs out.
 
-Helper of parallel.py in the reading order. What `init_from` of config.py may name:
+Helper of checkpoint.py in the reading order. What `init_from` of config.py may name:
   a base LLM             Hugging Face folder or hub id: config.json, *.safetensors, tokenizer.json
   a published OpusLM     ESPnet's folder: model.pth, config.yaml
-  a run of ours          see parallel.py
+  a run of ours          see checkpoint.py
 Everything is read tensor by tensor, so that loading needs little more memory than the model. What does not
 fit is a ValueError that names each tensor or field, found before anything is filled in.
 """
@@ -16,7 +16,6 @@ from dataclasses import asdict
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from interleave import N_SPECIAL, SPECIAL, Vocab
 from model import Model, ModelConfig, body_name, misfits, published_tensors, published_weights, some
@@ -33,15 +32,6 @@ KNOWN_BODIES = {    # (n_layer, d_model): the rest, of the LLMs under the publis
     (24, 2048): dict(n_head=32, n_kv_head=32, d_ff=8192, rope_theta=1.3e5, norm_eps=1e-5, model_type="llama"),
     (32, 4096): dict(n_head=32, n_kv_head=32, d_ff=11008, rope_theta=5e5, norm_eps=1e-6, model_type="olmo2"),
 }
-
-
-def put(param, tensor):
-    """Copy a tensor into a parameter; of one that is sharded over workers, each keeps its own part."""
-    if isinstance(param, DTensor):
-        whole = tensor.to(param.device, param.dtype)
-        part = distribute_tensor(whole, param.device_mesh, param.placements, src_data_rank=None)
-        param, tensor = param.to_local(), part.to_local()
-    param.detach().copy_(tensor)
 
 
 # ---- Hugging Face folders ----------------------------------------------------------------------------------

@@ -21,9 +21,9 @@ import torch
 from tqdm import tqdm
 
 import prepare
+from checkpoint import same_vocab
 from data import Dataset, Loader
 from heads import batch_loss, mean_losses
-from parallel import same_vocab
 from sample import Speaker
 from spoken_numbers import ONES, cardinal, digits
 from tokenize_audio import Tokenizer, load_audio

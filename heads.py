@@ -113,9 +113,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         """
         W, (start, end), (R, C) = table.to(hidden.dtype), window, (len(hidden), len(table))
         losses = torch.zeros(weight.shape, device=hidden.device)
-        g_hidden, g_table, g_bias0, g_bias = ctx.gradients = [
-            torch.zeros_like(x) if with_gradient and x is not None else None
-            for x in (hidden, table, bias0, bias)]
+        inputs = [hidden, table, bias0, bias]
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
+        g_hidden, g_table, g_bias0, g_bias = ctx.gradients = [          # sums of many chunks, so in fp32
+            None if x is None or not with_gradient else torch.zeros_like(x, dtype=torch.float32)
+            for x in inputs]
         step = max(16, CHUNK // C)
         for row in [*range(0, n_acoustic, step), *range(n_acoustic, R, step)]:
             acoustic = row < n_acoustic
@@ -146,7 +148,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream, _):
-        return *(g if g is None else g.mul_(upstream) for g in ctx.gradients), *[None] * 6
+        gradients = zip(ctx.gradients, ctx.dtypes)
+        return *(g if g is None else g.mul_(upstream).to(dtype) for g, dtype in gradients), *[None] * 6
 
 
 def weighted_loss(model, hidden, targets, weight, modality, scope):
@@ -169,7 +172,8 @@ def weighted_loss(model, hidden, targets, weight, modality, scope):
         text = torch.cat([head[:specials], head[slice(*c.text)]])
         jobs = [(first & (modality == 1), acoustic, head[:c.streams[-1][1]], c.streams[0][1], 0),
                 (first & (modality == 0), torch.zeros_like(acoustic), text, len(text), c.text[0] - specials)]
-    losses, total = torch.zeros(weight.shape, device=hidden.device), 0 * hidden.sum()
+    losses = torch.zeros(weight.shape, device=hidden.device)
+    total = 0 * (hidden.sum() + e.sum())
     for live, tail, table, prefix, gap in jobs:
         with_codes, without = tail.nonzero()[:, 0], (live & ~tail).nonzero()[:, 0]
         row = torch.cat([with_codes, without])                              # (R,)
@@ -185,6 +189,8 @@ def weighted_loss(model, hidden, targets, weight, modality, scope):
                                                 len(with_codes), prefix, window, torch.is_grad_enabled())
         total = total + loss
         losses[row] += of_row
+    if not (first | acoustic).any():        # every parameter gets a gradient, from every worker
+        total = total + 0 * head.sum()
     return total, losses
 
 

@@ -117,6 +117,22 @@ class Block(nn.Module):
 
 # ---- the whole model ---------------------------------------------------------------------------------------
 
+def initial_weight(config, name, shape, generator=None, device=None):
+    """Of a parameter: matrices N(0, 1/D) as in SmolLM2-135M, those into the residual stream smaller by
+    sqrt(2 layers), norms 1."""
+    if len(shape) == 1:
+        return torch.ones(shape, device=device)
+    if name == "head_emb":          # NOTE(espnet): N(0, 1) there; zero keeps a base LLM's text path as it is
+        return torch.zeros(shape, device=device)
+    std = config.d_model ** -0.5
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        std /= math.sqrt(2 * config.n_layer)
+    weight = torch.empty(shape, device=device).normal_(0, std, generator=generator)
+    if name == "emb":
+        weight[PAD] = 0             # adds nothing to a frame's sum
+    return weight
+
+
 class Model(nn.Module):
     """emb (V, D) is shared by all streams at the input; lm_head (V, D) and head_emb (N, D) at the output."""
 
@@ -133,16 +149,8 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator=None):
-        """Matrices N(0, 1/D) as in SmolLM2-135M, those into the residual stream smaller by sqrt(2 layers)."""
-        std = self.config.d_model ** -0.5
         for name, p in self.named_parameters():
-            if p.ndim == 1:
-                p.fill_(1.0)                                                # norms
-            else:
-                last = name.endswith(("o_proj.weight", "down_proj.weight"))
-                p.normal_(0, std / math.sqrt(2 * self.config.n_layer) if last else std, generator=generator)
-        self.head_emb.zero_()       # NOTE(espnet): N(0, 1) there; zero keeps a base LLM's text path as it is
-        self.emb[0] = 0             # pad adds nothing to a frame's sum
+            p.copy_(initial_weight(self.config, name, p.shape, generator, p.device))
         return self
 
     def embed(self, tokens):

@@ -3,10 +3,13 @@
 A helper of train.py. The method is Keller Jordan's (kellerjordan.github.io/posts/muon). torch.optim.Muon
 iterates in bf16, one matrix at a time and on every rank: on a CPU without bf16 arithmetic that alone takes
 longer than the rest of our training step (LOG.md). Here matrices of one shape are one batched product, in the
-dtype that the machine multiplies fast, and the ranks share the work.
+dtype that the machine multiplies fast, and the ranks share the work. Of matrices that are sharded over ranks
+(parallel.shard) the whole direction is gathered for it.
 """
 import torch
 import torch.distributed as dist
+
+from parallel import local, own_part, whole
 
 
 def orthogonalise(x, n_iter):
@@ -44,7 +47,7 @@ class Muon(torch.optim.Optimizer):
                 for p in params:
                     momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     momentum.lerp_(p.grad, 1 - group["momentum"])
-                    direction = p.grad.lerp(momentum, group["momentum"])
+                    direction = whole(p.grad.lerp(momentum, group["momentum"]))
                     directions.append(direction.mT if p.shape != shape else direction)
                 share = -(-len(params) // world)            # matrices per rank; the last rank may get fewer
                 mine = directions[rank * share:(rank + 1) * share]
@@ -56,6 +59,6 @@ class Muon(torch.optim.Optimizer):
                     parts = [torch.empty_like(stack) for _ in range(world)]
                     dist.all_gather(parts, stack)
                 for p, update in zip(params, torch.cat(parts)):
-                    update = update.mT if p.shape != shape else update
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update.to(p.dtype), alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+                    update = own_part(p, (update.mT if p.shape != shape else update).to(p.dtype))
+                    local(p).mul_(1 - group["lr"] * group["weight_decay"])
+                    local(p).add_(update, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)

@@ -1,35 +1,35 @@
-"""Processes, devices and checkpoints: everything around the model that is not the model.
+"""Processes and devices: everything around the model that makes it run on one machine or many.
 
-Ninth file of the reading order. Parallelism is applied from here, model.py knows nothing of it: every
-worker holds the whole model, takes its rows of the global batch, and the gradients are summed over workers.
+Ninth file of the reading order. Parallelism is applied from here, model.py knows nothing of it: every worker
+takes its rows of the global batch, and FSDP2 (torch.distributed.fsdp.fully_shard) shares out the rest:
+
+      worker 0      rows 0, 2   |   half of each matrix, of its gradient and of its AdamW moments
+      worker 1      rows 1, 3   |   the other half
+                                    a block's matrices are whole only while the block computes
+
+A small model on a CPU is faster with whole copies (shard=1): one message a step instead of three a block.
 """
+import contextlib
 import ctypes
 import dataclasses
+import datetime
 import importlib.util
-import json
 import os
-import re
+import resource
 import shutil
+import signal
+import sys
+import time
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from attention import attend_flash, attend_varlen
-from config import Config, read_config, save_config
-from convert import (
-    find_start,
-    is_published,
-    list_tensors,
-    published_layout,
-    put,
-    read_published,
-    read_tensor,
-    read_yaml,
-    start_weights,
-)
-from interleave import N_SPECIAL, Vocab
-from model import Model, ModelConfig, misfits, some
+from interleave import N_SPECIAL
+from model import Model, ModelConfig
 
 # ---- processes ---------------------------------------------------------------------------------------------
 
@@ -47,15 +47,20 @@ def keep_freed_memory():
     mallopt(-1, 2 ** 31 - 1)                # M_TRIM_THRESHOLD: whose end is kept
 
 
-def start_workers():
-    """Join the process group that torchrun made, if it did. Returns (rank, world size, device)."""
+def start_workers(timeout_s=600.0):
+    """Join the process group that torchrun made, if it did. Returns (rank, world size, device).
+
+    timeout_s: a worker that waits longer than this for another gives up, so that nothing hangs for ever.
+    """
     device = torch.device("cpu")
     keep_freed_memory()
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         return 0, 1, device
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
     if device.type == "cpu":
         here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
@@ -63,23 +68,76 @@ def start_workers():
 
 
 def total(values):
-    """Sum a small list of numbers over all workers."""
+    """Sum a small list of numbers over all workers, in the same order everywhere."""
     tensor = torch.tensor(values, dtype=torch.float64)
     if dist.is_initialized():
-        tensor = tensor.cuda() if dist.get_backend() == "nccl" else tensor
         dist.all_reduce(tensor)
     return tensor.tolist()
 
 
-def sum_gradients(params):
-    """Sum the gradients over the workers, as one flat message; what no batch needed has a gradient of 0."""
+def sum_gradients(params, sharded):
+    """What no batch needed gets a gradient of 0; and where every worker holds the whole model, the gradients
+    are summed over the workers, as one flat message. (Sharded ones were, in the backward pass.)"""
     for p in params:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    if dist.is_initialized():
+    if dist.is_initialized() and not sharded:
         flat = torch.cat([p.grad.flatten() for p in params])
         dist.all_reduce(flat)
         for p, grad in zip(params, flat.split([p.numel() for p in params])):
             p.grad.copy_(grad.view_as(p))
+
+
+@contextlib.contextmanager
+def signals():
+    """Within, SIGTERM and SIGINT are only noted, in the list that this gives; a second one stops at once."""
+    noted = []
+
+    def note(number, _):
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def peak_memory(device):
+    """The most memory in MB that this process has had so far: of its GPU, else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 20
+
+
+# ---- model -------------------------------------------------------------------------------------------------
+
+def make_model(config, vocab, dtype=torch.float32):
+    """The Config's model for a Vocab, weights not initialised."""
+    if config.model_type not in ("llama", "olmo2"):
+        raise ValueError(f"model_type is 'llama' or 'olmo2', not {config.model_type!r}")
+    if config.d_model % (2 * config.n_head) or config.n_head % config.n_kv_head:
+        raise ValueError(f"d_model={config.d_model} must be a multiple of 2 x n_head={config.n_head}, "
+                         f"and n_head of n_kv_head={config.n_kv_head}")
+    names = [f.name for f in dataclasses.fields(ModelConfig)]
+    shape = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    ids = {"vocab_size": vocab.size, "streams": vocab.streams, "text": vocab.text, "n_special": N_SPECIAL,
+           "published": vocab.published}
+    return Model(ModelConfig(**ids, **shape), dtype)
+
+
+def meta_model(config, vocab, dtype=torch.float32):
+    """`make_model` without memory: names and shapes only."""
+    with torch.device("meta"):
+        return make_model(config, vocab, dtype)
+
+
+def empty_model(config, vocab, dtype=torch.float32, device="cpu"):
+    """`make_model` without a stop at PyTorch's default weights: memory that holds anything."""
+    return meta_model(config, vocab, dtype).to_empty(device=device)
 
 
 def compute_dtype(name, device):
@@ -93,6 +151,56 @@ def compute_dtype(name, device):
     able = torch.cpu.get_capabilities()
     return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 
+
+def shard(model, config, device):
+    """Share a model out over all workers, in place: each keeps a part of every parameter.
+
+    A worker gathers the whole of a block just before it is used, in the dtype of the activations, and frees
+    it after; gradients are summed (not averaged: train.py divides once, by the frames of all workers) into
+    the parts, in fp32. emb, lm_head, head_emb and the last norm stay whole from the forward pass to the end
+    of the backward pass, since the loss uses them outside of the model. config.shard: how many workers share
+    one copy; more workers than that hold copies, whose gradients are summed too (HSDP).
+    """
+    world, share = dist.get_world_size(), config.shard or dist.get_world_size()
+    if world % share:
+        raise ValueError(f"shard={share}: {world} workers are not a multiple of it")
+    if share == world:
+        mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    else:
+        mesh = init_device_mesh(device.type, (world // share, share), mesh_dim_names=("copy", "shard"))
+    low = model.dtype if model.dtype != torch.float32 else None
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
+    for part in [*model.blocks, model]:
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def local(tensor):
+    """This worker's part of a sharded tensor; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor):
+    """All of a sharded tensor, on every worker; any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(param, tensor):
+    """Of a whole tensor, what this worker keeps of the parameter that it is for."""
+    if not isinstance(param, DTensor):
+        return tensor
+    tensor = tensor.to(param.device)
+    return distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None).to_local()
+
+
+def put(param, tensor):
+    """Copy a whole tensor into a parameter, whole or sharded."""
+    local(param).detach().copy_(own_part(param, tensor))
+
+
+# ---- speed -------------------------------------------------------------------------------------------------
 
 def prepare_for_speed(model, config, device, say=print):
     """Choose the attention of this device, and turn on what the configuration asks for. Returns the model."""
@@ -111,144 +219,34 @@ def prepare_for_speed(model, config, device, say=print):
     return model
 
 
-# ---- model and checkpoints ---------------------------------------------------------------------------------
-
-def make_model(config, vocab, dtype=torch.float32):
-    """The Config's model for a Vocab, weights not initialised."""
-    if config.model_type not in ("llama", "olmo2"):
-        raise ValueError(f"model_type is 'llama' or 'olmo2', not {config.model_type!r}")
-    if config.d_model % (2 * config.n_head) or config.n_head % config.n_kv_head:
-        raise ValueError(f"d_model={config.d_model} must be a multiple of 2 x n_head={config.n_head}, "
-                         f"and n_head of n_kv_head={config.n_kv_head}")
-    names = [f.name for f in dataclasses.fields(ModelConfig)]
-    shape = {name: getattr(config, name) for name in names if hasattr(config, name)}
-    ids = {"vocab_size": vocab.size, "streams": vocab.streams, "text": vocab.text, "n_special": N_SPECIAL,
-           "published": vocab.published}
-    return Model(ModelConfig(**ids, **shape), dtype)
-
-
-def checkpoints(out_dir):
-    """Complete checkpoint folders of a run, oldest first. A folder gets this name only once it is whole."""
-    names = os.listdir(out_dir) if os.path.isdir(out_dir) else []
-    return [os.path.join(out_dir, name) for name in sorted(names) if re.fullmatch(r"step_\d{7}", name)]
+def gemm_peak(dtype, device="cpu", seconds=1.0, size=2048):
+    """FLOP/s that a large matrix product reaches here with all threads of this process."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else (lambda: None)
+    a @ b
+    best, end = 0.0, time.time() + seconds
+    while time.time() < end:
+        wait()
+        began = time.perf_counter()
+        a @ b
+        wait()
+        best = max(best, 2 * size ** 3 / (time.perf_counter() - began))
+    return best
 
 
-def empty_model(config, vocab, dtype=torch.float32, device="cpu"):
-    """`make_model` without a stop at PyTorch's default weights: memory that holds anything."""
-    with torch.device("meta"):
-        model = make_model(config, vocab, dtype)
-    return model.to_empty(device=device)
+def training_flops(c, n_frame, lengths, n_text, n_speech, n_acoustic, scope):
+    """FLOPs of matrix products, forward and backward, that documents of these lengths ask of a ModelConfig c.
 
-
-def checkpoint_weights(folder, model):
-    """A checkpoint folder of ours as {name: function that reads it}; an error names what does not fit."""
-    found = list_tensors(folder)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    wrong = misfits({name: shape for name, (_, shape) in found.items()}, shapes)
-    if wrong:
-        raise ValueError(f"{folder} holds another model than the configuration's: {some(wrong)}")
-    return {name: (lambda name=name: read_tensor(found[name][0], name)) for name in shapes}
-
-
-def newest(folder):
-    """A checkpoint's folder itself, or the newest of a run's; None if it is neither."""
-    if os.path.isfile(f"{folder}/state.json"):
-        return folder
-    found = checkpoints(folder)
-    return found[-1] if found else None
-
-
-def same_vocab(vocab, theirs, folder):
-    """The data's vocabulary as a model with the vocabulary `theirs` has it: the same sizes, its quirks."""
-    ours = dataclasses.replace(vocab, n_tail=theirs.n_tail, published=theirs.published)
-    if ours != theirs:
-        raise ValueError(f"{folder} goes with other tokenizers than the data: {theirs} there, {vocab} here")
-    return ours
-
-
-def starting_vocab(folder, vocab):
-    """The vocabulary of a model that starts from `folder`, what `init_from` names or "", on these data."""
-    if newest(folder):
-        return same_vocab(vocab, read_state(newest(folder))["vocab"], folder)
-    found = find_start(folder) if folder else ""
-    if found and is_published(found):
-        return same_vocab(vocab, published_layout(found, read_yaml(found))[0], folder)
-    return vocab
-
-
-def starting_weights(config, vocab):
-    """What `init_from` names as {name: function that reads it}: checked, but not read yet."""
-    with torch.device("meta"):
-        model = make_model(config, vocab)
-    folder = newest(config.init_from)
-    if folder:
-        return checkpoint_weights(folder, model)
-    return start_weights(config.init_from, model.config, vocab, config.seed)
-
-
-def save_model(folder, config, vocab, model, state):
-    """What a checkpoint and an export have in common: model.safetensors, config.json, state.json."""
-    weights = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
-    save_file(weights, f"{folder}/model.safetensors")
-    save_config(config, f"{folder}/config.json")
-    with open(f"{folder}/state.json", "w") as f:
-        json.dump({"vocab": dataclasses.asdict(vocab), **state}, f, indent=1)
-
-
-def save_checkpoint(config, vocab, model, optimizers, step, state):
-    """Write out_dir/step_NNNNNNN beside its place, then rename: weights, optimizers, config, state."""
-    final = os.path.join(config.out_dir, f"step_{step:07d}")
-    temporary = final + ".tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    os.makedirs(temporary)
-    save_model(temporary, config, vocab, model, {"step": step, **state})
-    torch.save([optimizer.state_dict() for optimizer in optimizers], f"{temporary}/optimizer.pt")
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(temporary, final)
-    for old in checkpoints(config.out_dir)[:-config.keep_last]:
-        shutil.rmtree(old)
-
-
-def fill(model, weights):
-    """Fill a model, whole or sharded, from {name: function that reads it}, one tensor at a time."""
-    for name, tensor in model.state_dict().items():
-        put(tensor, weights[name]())
-
-
-def load_optimizers(folder, optimizers):
-    for optimizer, state in zip(optimizers, torch.load(f"{folder}/optimizer.pt", weights_only=True)):
-        optimizer.load_state_dict(state)
-
-
-def read_state(folder):
-    """state.json of a checkpoint, with its vocab as a Vocab."""
-    with open(f"{folder}/state.json") as f:
-        state = json.load(f)
-    return state | {"vocab": Vocab(**state["vocab"])}
-
-
-def load_model(folder, device="cpu", dtype="float32"):
-    """A folder -> (inference model, Config, Vocab, state).
-
-    folder: a run's (its newest checkpoint), a checkpoint's, an exported one, or that of a published OpusLM,
-    which then decodes as its authors do.  dtype: of weights and activations, as of `compute_dtype`.
+    n_frame: their frames, without padding.  n_text, n_speech: frames with a stream-0 target in a text or
+    speech segment, n_acoustic: with acoustic targets. Attention counts causal pairs only; a stream's head
+    embedding is a bias, and costs nothing.
     """
-    dtype = compute_dtype(dtype, torch.device(device))
-    if is_published(folder):
-        body, vocab, weights, tag = read_published(folder)
-        config = Config(**body, init_from=tag or "", prompt_len=500, temperature=0.8,
-                        acoustic_temperature=0.8, top_k=30, max_speech_s=2048 / 50)
-        state = {"vocab": vocab, "step": 0, "frames": 0, "seconds": 0.0, "data": None}
+    D, E = c.d_model, c.d_model // c.n_head
+    block = 2 * D * D + 2 * D * c.n_kv_head * E + 3 * D * c.d_ff
+    attention = sum(T * (T + 1) * D for T in lengths)                       # scores and their mixture
+    if scope == "original":
+        heads = (n_text + n_speech) * c.vocab_size
     else:
-        found = newest(folder)
-        if not found:
-            raise ValueError(f"{folder} holds no checkpoint: train first, python train.py configs/numbers.py")
-        config, state = read_config(f"{found}/config.json"), read_state(found)
-        vocab = state["vocab"]
-        with torch.device("meta"):
-            weights = checkpoint_weights(found, make_model(config, vocab))
-    with torch.device("meta"):
-        model = make_model(config, vocab, dtype).to(dtype)
-    model.to_empty(device=device)
-    fill(model, weights)
-    return model.eval().requires_grad_(False), config, vocab, state
+        heads = n_text * (c.n_special + c.text[1] - c.text[0]) + n_speech * c.streams[0][1]
+        heads += n_acoustic * (c.streams[-1][1] - c.streams[0][1])
+    return 6 * (c.n_layer * (block * n_frame + attention) + heads * D)

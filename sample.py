@@ -19,11 +19,11 @@ import numpy as np
 import soundfile
 import torch
 
+from checkpoint import load_model, save_model
 from convert import export_text, is_published
 from data import prompt_frames
 from decode import generate, prepare_for_decoding, steps
 from interleave import SPEECH, TEXT, Vocab, generation_prefix, speech_codes, speech_frames, text_frames
-from parallel import load_model, save_model
 from tokenize_audio import Tokenizer, load_audio
 from tokenize_text import TOKENIZER_FILES, TextTokenizer, find_folder
 

@@ -1,47 +1,47 @@
 """Train: the one loop.
 
-Tenth file of the reading order.
+Eleventh file of the reading order.
   python train.py configs/numbers.py                       the whole main job: prepare, train, evaluate
   python train.py configs/numbers.py --max_steps=20 --out_dir=out/try --corpus_utterances=200
-  python train.py configs/numbers.py --resume              go on from the newest checkpoint
+  python train.py configs/numbers.py --resume              go on from the newest whole checkpoint
   torchrun --nproc_per_node=2 train.py configs/numbers.py  only the training, on data already prepared
 The schedule is the paper's warmup-decay (arXiv 2506.17611, section 3): warm up, hold, decay linearly.
+SIGTERM and Ctrl-C save a checkpoint and end.
 """
-import json
+import dataclasses
+import importlib.util
+import math
 import os
 import shutil
-import subprocess
+import signal
 import sys
-import threading
-import time
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import prepare
-from config import load_config, save_config
+from checkpoint import Saver, checkpoints, newest, newest_whole, resume, starting_vocab, starting_weights
+from config import load_config, read_config
 from data import Dataset, Loader
 from heads import batch_loss, mean_losses
 from interleave import Vocab
+from job import report, run_stage
+from log import Log, no_progress
+from model import initial_weight
 from muon import Muon
 from parallel import (
-    checkpoint_weights,
-    checkpoints,
     compute_dtype,
-    empty_model,
-    fill,
-    load_optimizers,
-    make_model,
-    newest,
+    gemm_peak,
+    meta_model,
     prepare_for_speed,
-    read_state,
-    save_checkpoint,
+    put,
+    shard,
+    signals,
     start_workers,
-    starting_vocab,
-    starting_weights,
     sum_gradients,
     total,
+    training_flops,
+    whole,
 )
 from tokenize_text import KINDS, make_text_tokenizer
 
@@ -92,7 +92,7 @@ def check_start(config):
         starting_weights(config, starting_vocab(config.init_from, vocab))
 
 
-def check(config, dataset, world, resume=False):
+def check(config, dataset, world, going_on=False):
     """Whatever can be wrong with a run, found before its workers start; ValueError says what to change."""
     if config.batch_rows % (world * config.grad_accum):
         raise ValueError(f"batch_rows={config.batch_rows} can't be shared by {world} workers "
@@ -101,182 +101,158 @@ def check(config, dataset, world, resume=False):
         raise ValueError(f"softmax is 'grammar' or 'original', not {config.softmax!r}")
     compute_dtype(config.dtype, torch.device("cpu"))
     make_loader(config, dataset).plan(0)
-    with torch.device("meta"):
-        make_model(config, dataset.vocab)
-    if config.init_from and not resume:
+    meta_model(config, dataset.vocab)
+    if config.track and not importlib.util.find_spec(config.track):
+        raise ValueError(f"track={config.track!r} is not installed: pip install {config.track}")
+    if config.init_from and not going_on:
         starting_weights(config, dataset.vocab)
 
 
-def train(config, folder, resume=False):
-    """Train on the prepared data in `folder`, from scratch or from the newest checkpoint in out_dir."""
-    rank, world, device = start_workers()
-    say = print if rank == 0 else (lambda *_, **__: None)
+def counts(batch, config, c):
+    """What a batch has of: frames with a stream-0 target, frames, FLOPs of its matrix products."""
+    first, acoustic = batch.weight[..., 0] > 0, (batch.weight[..., 1:] > 0).any(-1)         # (R, S)
+    n_target, n_speech = int(first.sum()), int((first & (batch.modality == 1)).sum())
+    lengths = [length for row in batch.lengths for length in row]
+    return n_target, batch.n_frame, training_flops(c, batch.n_frame, lengths, n_target - n_speech, n_speech,
+                                                   int(acoustic.sum()), config.softmax)
+
+
+def changes(before, now):
+    """Settings that differ between two Configs, as words for a person."""
+    differ = [f"{name} was {value!r}, is {getattr(now, name)!r}"
+              for name, value in dataclasses.asdict(before).items() if getattr(now, name) != value]
+    return f" with other settings: {'; '.join(differ)}" if differ else ""
+
+
+def train(config, folder, going_on=False):
+    """Train on the prepared data in `folder`, from scratch or, going_on, from out_dir's newest checkpoint.
+
+    Returns the number of the signal that ended it before the last step, or None.
+    """
+    # workers, data, and where we start
+    rank, world, device = start_workers(config.timeout_s)
+    say = print if rank == 0 else (lambda *_: None)
     dataset, seen = (Dataset(folder, split, rank == 0, config.token_streams) for split in ("train", "seen"))
-    found = checkpoints(config.out_dir)
-    start = found[-1] if resume and found else config.init_from
-    dataset.vocab = seen.vocab = starting_vocab(start, dataset.vocab)
-    check(config, dataset, world, resume and found)
-    held_out = make_loader(config, seen) if config.eval_every and len(seen) else None
+    found = newest_whole(config.out_dir, rank, world, say) if going_on else None
+    if checkpoints(config.out_dir) and not found:
+        raise ValueError(occupied(config.out_dir) if not going_on else
+                         f"no checkpoint in {config.out_dir} is whole: delete them to start again")
+    dataset.vocab = seen.vocab = starting_vocab(found or config.init_from, dataset.vocab)
+    check(config, dataset, world, found)
+    loader, held_out = make_loader(config, dataset), make_loader(config, seen) if len(seen) else None
+
+    # the model: made without memory, shared out over the workers, then filled
     dtype = compute_dtype(config.dtype, device)
-    model = empty_model(config, dataset.vocab, dtype, device)
-    prepare_for_speed(model, config, device, say)
-    optimizers = make_optimizers(config, model, dtype)
-    os.makedirs(config.out_dir, exist_ok=True)
-    step, frames, seconds = 0, 0, 0.0
-    if resume and found:
-        fill(model, checkpoint_weights(found[-1], model))
-        load_optimizers(found[-1], optimizers)
-        state = read_state(found[-1])
-        step, frames, seconds = state["step"], state["frames"], state["seconds"]
-        say(f"resuming {found[-1]}")
-    elif found:
-        raise ValueError(occupied(config.out_dir))
+    model = prepare_for_speed(meta_model(config, dataset.vocab, dtype), config, device, say)
+    sharded = dist.is_initialized() and config.shard != 1       # else each worker holds all of it
+    if sharded:
+        shard(model, config, device)
+    model.to_empty(device=device)
+    optimizers, params = make_optimizers(config, model, dtype), list(model.parameters())
+    state = {"step": 0, "frames": 0, "seconds": 0.0, "skipped": 0}
+    if found:
+        say(f"resuming {found}{changes(read_config(f'{found}/config.json'), config)}")
+        was = resume(found, model, optimizers, rank)
+        state = {name: was[name] for name in state}
     elif config.init_from:
-        fill(model, starting_weights(config, dataset.vocab))
+        starting_weights(config, dataset.vocab)(model)
         say(f"weights of {config.init_from}")
     else:
-        model.init_weights(torch.Generator(device).manual_seed(config.seed))
+        generator = torch.Generator(device).manual_seed(config.seed)
+        for name, p in model.named_parameters():
+            put(p, initial_weight(model.config, name, p.shape, generator, device))
+
+    # the run's folder, which is enough for sample.py
     if rank == 0:
-        save_config(config, f"{config.out_dir}/config.json")
-        for name in ("audio_tokenizer", "text_tokenizer"):      # the run's folder is enough for sample.py
+        os.makedirs(config.out_dir, exist_ok=True)
+        for name in ("audio_tokenizer", "text_tokenizer"):
             shutil.copytree(f"{folder}/{name}", f"{config.out_dir}/{name}", dirs_exist_ok=True)
-        log = trimmed_log(f"{config.out_dir}/out.jsonl", step)
-    params = list(model.parameters())
     say(f"{sum(p.numel() for p in params) / 1e6:.2f}M parameters, {world} worker(s) on {device.type}, "
         f"activations {str(dtype)[6:]}, {config.batch_rows} rows of {config.row_frames} frames a step")
+    [peak] = total([gemm_peak(dtype, device, 0.3)])
+    saver = Saver(config, dataset.vocab, rank, world)
+    log = Log(config, dataset.vocab.stream_names, state, peak, device, rank)
 
-    loader, began, paused, first_seconds = make_loader(config, dataset), time.time(), 0.0, seconds
-    recent = None
-    bar = tqdm(total=config.max_steps, initial=step, unit="step", mininterval=2, disable=rank > 0)
-    while step < config.max_steps:
-        factor = learning_rate(config, step)
-        for optimizer, peak in zip(optimizers, (config.lr, config.muon_lr)):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * factor
+    bad, stop = 0, False
+    with signals() as noted:
+        while state["step"] < config.max_steps and not stop:
+            factor = learning_rate(config, state["step"])
+            for optimizer, rate in zip(optimizers, (config.lr, config.muon_lr)):
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * factor
 
-        rows = range(rank, config.batch_rows, world)            # this worker's share of the global batch
-        n = len(rows) // config.grad_accum
-        sums, n_frame, n_target = None, 0, 0
-        for micro in range(config.grad_accum):
-            batch = loader.batch(step, rows[micro * n:(micro + 1) * n])
-            loss, part = batch_loss(model, batch, config.softmax)
-            loss.backward()
-            sums = part if sums is None else [a + b for a, b in zip(sums, part)]
-            n_frame += batch.n_frame
-            n_target += int((batch.weight[..., 0] > 0).sum())
-        *sums, n_frame, n_target = total(sums + [n_frame, n_target])
-        recent = sums if recent is None else [a + b for a, b in zip(recent, sums)]  # since the last log line
-        sum_gradients(params)
-        for p in params:
-            p.grad /= n_target              # frames with a stream-0 target, over all workers and micro-steps
-        norm = float(torch.nn.utils.clip_grad_norm_(params, config.clip))
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        step, frames = step + 1, frames + n_frame
-        seconds = first_seconds + time.time() - began - paused
-        bar.update()
+            rows = range(rank, config.batch_rows, world)        # this worker's share of the global batch
+            n, sums = len(rows) // config.grad_accum, 0.0
+            for micro in range(config.grad_accum):
+                batch = loader.batch(state["step"], rows[micro * n:(micro + 1) * n])
+                if sharded:                                     # gradients travel once, after the last
+                    model.set_requires_gradient_sync(micro == config.grad_accum - 1)
+                loss, part = batch_loss(model, batch, config.softmax)
+                loss.backward()
+                part = [*part, float(loss.detach()), *counts(batch, config, model.config)]
+                sums = torch.tensor(part, dtype=torch.float64) + sums
+            sums = total([*sums.tolist(), len(noted), saver.failed()])
+            *sums, loss, n_target, n_frame, flops, stop, failed = sums
+            sum_gradients(params, sharded)
+            for p in params:
+                p.grad /= n_target          # frames with a stream-0 target, over all workers and micro-steps
+            norm, loss = float(whole(torch.nn.utils.clip_grad_norm_(params, config.clip))), loss / n_target
 
-        if step % config.log_every == 0 or step == config.max_steps:
-            row = {"step": step, **mean_losses(recent, dataset.vocab.stream_names), "lr": factor * config.lr,
-                   "grad_norm": norm, "frames_per_second": frames / seconds, "seconds": seconds}
-            recent = None
-            shown = [name for name in ("text", "semantic", "acoustic1", "acoustic8") if name in row]
-            bar.set_postfix_str(" ".join(f"{name}={row[name]:.2f}" for name in shown))
-        else:
-            row = None
-        pause = time.time()
-        if held_out and (step % config.eval_every == 0 or step == config.max_steps):
-            losses = held_out_losses(model, held_out, config, rank, world)
-            row = (row or {"step": step}) | {"held_out": losses}
-        if rank == 0 and row:
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-        if rank == 0 and (step % config.save_every == 0 or step == config.max_steps):
-            state = {"frames": frames, "seconds": seconds, "data": os.path.abspath(folder)}
-            save_checkpoint(config, dataset.vocab, model, optimizers, step, state)
-        paused += time.time() - pause
-    bar.close()
-    speed = frames / max(seconds, 1e-9)
-    say(f"trained {step} steps, {frames / 1e6:.2f}M frames in {seconds:.0f} s: {speed:.0f} frames/s")
+            if math.isfinite(loss) and math.isfinite(norm):
+                for optimizer in optimizers:
+                    optimizer.step()
+                bad = 0
+            else:
+                bad, state["skipped"] = bad + 1, state["skipped"] + 1
+                log.say(f"step {state['step'] + 1}: loss {loss}, gradient norm {norm}: skipped")
+                if bad == config.max_bad_steps:
+                    no_progress(config, model, loader, state["step"], norm, mean_losses(sums, log.names))
+            for p in params:
+                p.grad = None
+            state["step"], state["frames"] = state["step"] + 1, state["frames"] + int(n_frame)
+
+            last = state["step"] == config.max_steps
+            row = log.step(state, sums, loss, norm, factor * config.lr, flops, last or stop)
+            if held_out and config.eval_every and (state["step"] % config.eval_every == 0 or last):
+                losses = held_out_losses(model, held_out, config, rank, world)
+                row = (row or {"step": state["step"]}) | {"held_out": losses}
+                if sharded:
+                    model.reshard()
+            log.write(row)
+            if failed or state["step"] % config.save_every == 0 or last or stop:
+                saver.start(model, optimizers, state | {"workers": world, "data": os.path.abspath(folder)})
+            log.go()
+    saver.finish()
+    log.close()
+    speed = state["frames"] / max(state["seconds"], 1e-9)
+    say(f"trained {state['step']} steps, {state['frames'] / 1e6:.2f}M frames in {state['seconds']:.0f} s: "
+        f"{speed:.0f} frames/s")
     if dist.is_initialized():
         dist.barrier()              # nobody hangs up while another still talks
         dist.destroy_process_group()
+    if stop and state["step"] < config.max_steps:
+        number = noted[0] if noted else signal.SIGTERM
+        say(f"{signal.Signals(number).name}: step {state['step']} is saved, go on with --resume")
+        return number
+    return None
 
 
 def occupied(out_dir):
     return f"{out_dir} holds a run already: add --resume, choose another --out_dir, or delete it"
 
 
-def trimmed_log(path, step):
-    """Open out.jsonl for appending, without the lines of steps that will be done again."""
-    kept = []
-    if os.path.exists(path):
-        with open(path) as f:
-            kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
-    with open(path, "w") as f:
-        f.writelines(kept)
-    return open(path, "a")
-
-
 # ---- the whole job: prepare, train, evaluate, each in processes of its own ---------------------------------
 
-def memory_of_family(root):
-    """Memory in MB of a process and its descendants now, shared pages counted once (PSS); None off Linux."""
-    parents, family, kb = {}, {root}, 0
-    try:
-        for name in filter(str.isdigit, os.listdir("/proc")):
-            try:
-                with open(f"/proc/{name}/stat") as f:
-                    parents[int(name)] = int(f.read().rpartition(")")[2].split()[1])
-            except OSError:         # it has ended meanwhile
-                continue
-        for pid in sorted(parents):
-            ancestor = pid
-            while ancestor in parents and ancestor not in family:
-                ancestor = parents[ancestor]
-            if ancestor in family:
-                try:
-                    with open(f"/proc/{pid}/smaps_rollup") as f:
-                        kb += next(int(line.split()[1]) for line in f if line.startswith("Pss:"))
-                except (OSError, StopIteration):
-                    continue
-    except OSError:
-        return None
-    return kb / 1024
-
-
-def run_step(name, command, peak):
-    """Run one stage as a process -> its seconds; the most memory seen goes to peak[0]. Exits on failure."""
-    began, done = time.time(), threading.Event()
-
-    def watch():
-        while not done.wait(1.0):
-            peak[0] = max(peak[0], memory_of_family(os.getpid()) or 0)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        code = subprocess.run(command).returncode
-    finally:
-        done.set()
-        watcher.join()
-    if code:
-        print(f"train.py: {name} failed (exit code {code}); its message is above", file=sys.stderr)
-        sys.exit(max(code, 1))
-    return time.time() - began
-
-
-def whole_job(config, arguments, settings, resume):
+def whole_job(config, arguments, settings, going_on):
     """Prepare the data where missing, train with one process per core, evaluate, and say what is where."""
     here, peak, seconds = os.path.dirname(os.path.abspath(__file__)), [0.0], {"prepare": 0.0}
-    found = resume and checkpoints(config.out_dir)
+    found = going_on and checkpoints(config.out_dir)
     if not found:
         check_start(config)
     folder = prepare.data_folder(config.data_dir, settings)
     if not prepare.is_prepared(folder):
         flags = [f"--{name}={value}" for name, value in settings.items()] + [f"--data_dir={config.data_dir}"]
-        seconds["prepare"] = run_step("prepare.py", [sys.executable, f"{here}/prepare.py", *flags], peak)
+        seconds["prepare"] = run_stage("prepare.py", [sys.executable, f"{here}/prepare.py", *flags], peak)
     workers = config.workers or torch.cuda.device_count() or min(os.cpu_count() or 1, config.batch_rows)
     while workers > 1 and config.batch_rows % (workers * config.grad_accum) and not config.workers:
         workers -= 1
@@ -284,48 +260,33 @@ def whole_job(config, arguments, settings, resume):
     dataset.vocab = starting_vocab(found[-1] if found else config.init_from, dataset.vocab)
     check(config, dataset, workers, found)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={workers}"]
-    launch = launch if workers > 1 else [sys.executable]
-    seconds["train"] = run_step("training", [*launch, f"{here}/train.py", "--worker", *arguments], peak)
-    seconds["eval"] = run_step("eval.py", [sys.executable, f"{here}/eval.py", config.out_dir], peak)
+    launch = launch if workers > 1 or torch.cuda.is_available() else [sys.executable]
+    seconds["train"] = run_stage("training", [*launch, f"{here}/train.py", "--worker", *arguments], peak)
+    seconds["eval"] = run_stage("eval.py", [sys.executable, f"{here}/eval.py", config.out_dir], peak)
 
-    out = config.out_dir
-    with open(f"{out}/results.json") as f:
-        results = json.load(f)
-    results["peak_memory_mb"], results["seconds"] = peak[0] or None, results["seconds"] | seconds
-    measured = {name: results[name] for name in ("seconds", "peak_memory_mb")}      # for later eval.py runs
-    for name, content in (("results", results), ("run", measured)):
-        prepare.write_file(f"{out}/{name}.json", json.dumps(content, indent=1))
     voices = [Dataset(folder, split).info["audio"] for split in ("unseen", "seen", "train")]
-    voice = next(group[0] for group in voices if group)
-    print(f"""
-prepare {seconds['prepare']:.0f} s, train {seconds['train']:.0f} s, evaluate {seconds['eval']:.0f} s; """
-          f"""{results['frames_per_second']:.0f} frames/s, peak memory {peak[0]:.0f} MB
-{out}/results.json    the figures above          {out}/curves.png    losses over the run
-{out}/wavs            spoken by the model (.model.wav) beside the originals after tokenizing (.original.wav)
-
-try next:
-  python sample.py {out} asr {voice}
-  python sample.py {out} tts "seven three five" --prompt {voice} --out spoken.wav
-  python sample.py {out} continue {voice} --out continued.wav""")
+    report(config.out_dir, seconds, peak, next(group[0] for group in voices if group))
 
 
 def main(arguments):
-    resume, worker = "--resume" in arguments, "--worker" in arguments or "RANK" in os.environ
+    going_on, worker = "--resume" in arguments, "--worker" in arguments or "RANK" in os.environ
     config = load_config([a for a in arguments if a not in ("--resume", "--worker")])
     settings = {name: getattr(config, name) for name in prepare.SETTINGS}
     if worker:
         folder = prepare.data_folder(config.data_dir, settings)
         if not prepare.is_prepared(folder):
             raise ValueError(f"{folder}, the data of this configuration, is not there: run prepare.py first")
-        train(config, folder, resume)
+        number = train(config, folder, going_on)
+        code = 128 + number if number else 0
         if "RANK" in os.environ:    # all is written: leave before the interpreter's teardown, in which gloo's
             sys.stdout.flush()      # threads abort now and then ("terminate called without ...")
             sys.stderr.flush()
-            os._exit(0)
+            os._exit(code)
+        sys.exit(code)
     else:
-        if checkpoints(config.out_dir) and not resume:
+        if checkpoints(config.out_dir) and not going_on:
             raise ValueError(occupied(config.out_dir))
-        whole_job(config, arguments, settings, resume)
+        whole_job(config, arguments, settings, going_on)
 
 
 if __name__ == "__main__":

@@ -21,3 +21,5 @@ mixture = {"asr": 1.0, "tts": 2.0, "speech": 0.05, "text": 0.05}
 lr = 0.01
 muon_lr = 0.01
 muon_iterations = 3
+
+shard = 1                   # whole copies of so small a model: FSDP2 over gloo takes half as long again

@@ -13,6 +13,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 from attention import KVCache
+from checkpoint import load_model, starting_weights
 from config import Config, load_config
 from convert import export_text
 from data import Dataset
@@ -20,7 +21,7 @@ from decode import generate, prepare_for_decoding
 from eval import find_data
 from heads import stream_logits, token_losses
 from interleave import SPECIAL, TEXT, Vocab, text_frames
-from parallel import empty_model, fill, load_model, starting_weights
+from parallel import empty_model
 from sample import Speaker
 from tokenize_text import TextTokenizer
 from train import train
@@ -53,7 +54,7 @@ def small_llm(kind, folder):
 
 def load(config, vocab=VOCAB):
     model = empty_model(config, vocab)
-    fill(model, starting_weights(config, vocab))
+    starting_weights(config, vocab)(model)
     return model.eval().requires_grad_(False)
 
 
@@ -278,7 +279,8 @@ import json, sys, torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from config import Config
 from interleave import Vocab
-from parallel import fill, starting_weights, make_model
+from checkpoint import starting_weights
+from parallel import make_model
 dist.init_process_group("gloo")
 config, vocab = Config(**json.load(open(sys.argv[1]))), Vocab(10, 8, 8, 96)
 with torch.device("meta"):
@@ -287,7 +289,7 @@ for block in model.blocks:
     fully_shard(block)
 fully_shard(model)
 model.to_empty(device="cpu")
-fill(model, starting_weights(config, vocab))
+starting_weights(config, vocab)(model)
 whole = {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
 local = sum(tensor.to_local().numel() for tensor in model.state_dict().values())
 if dist.get_rank() == 0:
