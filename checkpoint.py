@@ -87,7 +87,7 @@ def newest_whole(out_dir, rank, world, say):
     """The newest undamaged checkpoint of a run, or None; all workers look, each at a share of the files."""
     if os.path.isdir(out_dir):
         for name in sorted(os.listdir(out_dir)):
-            if name.endswith(".tmp"):
+            if re.fullmatch(r"step_\d{7}\.tmp", name):
                 say(f"skipped {out_dir}/{name}: its writing was cut off")
     for folder in reversed(checkpoints(out_dir)):
         problem = damage(folder, slice(rank, None, world))
@@ -125,7 +125,7 @@ class Saver:
         beside = final + ".tmp"
         if self.rank == 0:
             for name in os.listdir(self.config.out_dir):
-                if name.endswith(".tmp"):
+                if re.fullmatch(r"step_\d{7}\.tmp", name):
                     shutil.rmtree(f"{self.config.out_dir}/{name}", ignore_errors=True)
             os.makedirs(beside)
         tensors = training_tensors(model, optimizers, self.rank)

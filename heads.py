@@ -148,8 +148,9 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream, _):
-        gradients = zip(ctx.gradients, ctx.dtypes)
-        return *(g if g is None else g.mul_(upstream).to(dtype) for g, dtype in gradients), *[None] * 6
+        gradients, ctx.gradients = ctx.gradients, None         # as large as the tables: not kept any longer
+        scaled = (g if g is None else g.mul_(upstream).to(like) for g, like in zip(gradients, ctx.dtypes))
+        return *scaled, *[None] * 6
 
 
 def weighted_loss(model, hidden, targets, weight, modality, scope):

@@ -152,22 +152,24 @@ def compute_dtype(name, device):
     return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 
 
-def shard(model, config, device):
-    """Share a model out over all workers, in place: each keeps a part of every parameter.
-
-    A worker gathers the whole of a block just before it is used, in the dtype of the activations, and frees
-    it after; gradients are summed (not averaged: train.py divides once, by the frames of all workers) into
-    the parts, in fp32. emb, lm_head, head_emb and the last norm stay whole from the forward pass to the end
-    of the backward pass, since the loss uses them outside of the model. config.shard: how many workers share
-    one copy; more workers than that hold copies, whose gradients are summed too (HSDP).
-    """
+def worker_mesh(config, device):
+    """All workers, in copies of config.shard workers that share one model: FSDP2, or HSDP if several."""
     world, share = dist.get_world_size(), config.shard or dist.get_world_size()
     if world % share:
         raise ValueError(f"shard={share}: {world} workers are not a multiple of it")
     if share == world:
-        mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-    else:
-        mesh = init_device_mesh(device.type, (world // share, share), mesh_dim_names=("copy", "shard"))
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (world // share, share), mesh_dim_names=("copy", "shard"))
+
+
+def shard(model, mesh):
+    """Share a model out over the workers of a mesh, in place: each keeps a part of every parameter.
+
+    A worker gathers the whole of a block just before it is used, in the dtype of the activations, and frees
+    it after; gradients are summed (not averaged: train.py divides once, by the frames of all workers) into
+    the parts, in fp32. emb, lm_head, head_emb and the last norm stay whole from the forward pass to the end
+    of the backward pass, since the loss uses them outside of the model.
+    """
     low = model.dtype if model.dtype != torch.float32 else None
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
     for part in [*model.blocks, model]:

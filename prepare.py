@@ -23,6 +23,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 import zlib
 
@@ -82,6 +83,14 @@ def write_file(path, data):
     with open(path + ".tmp", "wb") as f:
         f.write(data.encode() if isinstance(data, str) else data)
     os.replace(path + ".tmp", path)
+
+
+def copy_folder(source, target):
+    """Copy beside and rename, in place of what is there."""
+    shutil.rmtree(target + ".tmp", ignore_errors=True)
+    shutil.copytree(source, target + ".tmp")
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(target + ".tmp", target)
 
 
 # ---- manifest ----------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ import dataclasses
 import importlib.util
 import math
 import os
-import shutil
 import signal
 import sys
 
@@ -42,6 +41,7 @@ from parallel import (
     total,
     training_flops,
     whole,
+    worker_mesh,
 )
 from tokenize_text import KINDS, make_text_tokenizer
 
@@ -146,7 +146,7 @@ def train(config, folder, going_on=False):
     model = prepare_for_speed(meta_model(config, dataset.vocab, dtype), config, device, say)
     sharded = dist.is_initialized() and config.shard != 1       # else each worker holds all of it
     if sharded:
-        shard(model, config, device)
+        shard(model, worker_mesh(config, device))
     model.to_empty(device=device)
     optimizers, params = make_optimizers(config, model, dtype), list(model.parameters())
     state = {"step": 0, "frames": 0, "seconds": 0.0, "skipped": 0}
@@ -166,7 +166,7 @@ def train(config, folder, going_on=False):
     if rank == 0:
         os.makedirs(config.out_dir, exist_ok=True)
         for name in ("audio_tokenizer", "text_tokenizer"):
-            shutil.copytree(f"{folder}/{name}", f"{config.out_dir}/{name}", dirs_exist_ok=True)
+            prepare.copy_folder(f"{folder}/{name}", f"{config.out_dir}/{name}")
     say(f"{sum(p.numel() for p in params) / 1e6:.2f}M parameters, {world} worker(s) on {device.type}, "
         f"activations {str(dtype)[6:]}, {config.batch_rows} rows of {config.row_frames} frames a step")
     [peak] = total([gemm_peak(dtype, device, 0.3)])
@@ -292,6 +292,6 @@ def main(arguments):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except ValueError as problem:
+    except (ValueError, OSError) as problem:
         print(f"train.py: {problem}", file=sys.stderr)
         sys.exit(2)

@@ -8,3 +8,4 @@ n_kv_head = 32
 d_model = 2048
 d_ff = 8192
 rope_theta = 1.3e5
+checkpointing = True        # recipe

@@ -12,3 +12,4 @@ rope_theta = 5e5
 norm_eps = 1e-6             # Hugging Face's; some descriptions of the published checkpoint say 1e-5
 lr = 1e-4                   # recipe: OLMo-2
 final_lr = 0.2              # 2e-5 is left
+checkpointing = True        # recipe; without it a row of 8,192 frames needs four times the memory
