@@ -49,6 +49,10 @@ class Dataset:
         self.info = {field: [] for field in ("id", "text", "speaker", "audio")}    # for evaluation and people
         for number, name in enumerate(meta["splits"][split]["shards"]):
             path = f"{folder}/{name}"
+            lost = [part for part in ("json", "codes.npy", "text.npy", "index.npy")
+                    if not os.path.exists(f"{path}.{part}")]
+            if lost:
+                raise ValueError(f"{path}.{lost[0]} is gone: run prepare.py again")
             with open(f"{path}.json") as f:
                 shard_meta = json.load(f)
             if verify:

@@ -59,6 +59,10 @@ def start_workers(timeout_s=600.0):
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         return 0, 1, device
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError("torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the "
+                         "environment, or restarted workers look for dead ones (PyTorch's issue 135712)")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
     if device.type == "cpu":

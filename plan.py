@@ -11,8 +11,6 @@ what would be alive at once. Fragmentation, the CUDA context and NCCL's buffers 
 import argparse
 import ctypes
 import dataclasses
-import os
-import resource
 import sys
 
 import torch
@@ -91,6 +89,12 @@ def plan_memory(config, vocab, gpus, n_frame, dtype=torch.bfloat16):
     return {getattr(part, "value", part): size for part, size in parts.items()}
 
 
+def resident(field):
+    """Bytes of this process in memory: VmRSS now, VmHWM at most so far."""
+    with open("/proc/self/status") as f:
+        return next(1024 * int(line.split()[1]) for line in f if line.startswith(field))
+
+
 def measure_memory(config, vocab, n_frame, dtype=torch.float32):
     """Bytes that the second of two real steps needs at its peak, in this process alone (resident, glibc)."""
     ctypes.CDLL(None).mallopt(-3, 2 ** 16)                  # M_MMAP_THRESHOLD: freed blocks go back at once
@@ -98,13 +102,12 @@ def measure_memory(config, vocab, n_frame, dtype=torch.float32):
     mesh = worker_mesh(config, torch.device("cpu"))
     small = dataclasses.replace(config, n_layer=1)          # loads what PyTorch loads when first needed
     step(small, *build(small, vocab, mesh, dtype), 16)
-    with open("/proc/self/statm") as f:
-        before = int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    before = resident("VmRSS")
     model, optimizer = build(config, vocab, mesh, dtype)
     step(config, model, optimizer, n_frame)
     step(config, model, optimizer, n_frame)
     dist.destroy_process_group()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return resident("VmHWM") - before
 
 
 def main(arguments):

@@ -74,8 +74,18 @@ def data_folder(root, settings):
     return os.path.join(root, f"{name}-{digest}")
 
 
+def has_shard(folder, name):
+    parts = ("json", "codes.npy", "text.npy", "index.npy")
+    return all(os.path.exists(f"{folder}/{name}.{part}") for part in parts)
+
+
 def is_prepared(folder):
-    return os.path.exists(f"{folder}/dataset.json")
+    """Is the data there, with all shards that it should have?"""
+    if not os.path.exists(f"{folder}/dataset.json"):
+        return False
+    with open(f"{folder}/dataset.json") as f:
+        splits = json.load(f)["splits"].values()
+    return all(has_shard(folder, name) for split in splits for name in split["shards"])
 
 
 def write_file(path, data):
@@ -230,7 +240,7 @@ def prepare(settings, root="data", n_process=None):
     for split, part in splits.items():
         names[split] = [f"{split}-{i:05d}" for i in range(-(-len(part) // UTTERANCES_PER_SHARD))]
         for i, name in enumerate(names[split]):
-            if not os.path.exists(f"{folder}/{name}.json"):
+            if not has_shard(folder, name):
                 chunk = part[i * UTTERANCES_PER_SHARD:(i + 1) * UTTERANCES_PER_SHARD]
                 jobs.append((folder, name, chunk, speakers, settings["max_audio_s"]))
     with multiprocessing.get_context("spawn").Pool(min(n_process, len(jobs) or 1), _one_thread) as pool:

@@ -164,7 +164,8 @@ def export(run, folder, text_only=False):
         if bias:
             print(f"left out: the head_emb of stream 0, which moves a logit by up to {bias:.3g}")
     else:
-        state = {name: value for name, value in speaker.state.items() if name not in ("vocab", "data")}
+        own = ("vocab", "data", "files")
+        state = {name: value for name, value in speaker.state.items() if name not in own}
         save_model(beside, speaker.config, speaker.vocab, speaker.model, state)
         speaker.text_tokenizer.save(f"{beside}/text_tokenizer")
         if speaker.tokenizer:

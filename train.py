@@ -277,16 +277,19 @@ def main(arguments):
         if not prepare.is_prepared(folder):
             raise ValueError(f"{folder}, the data of this configuration, is not there: run prepare.py first")
         number = train(config, folder, going_on)
-        code = 128 + number if number else 0
-        if "RANK" in os.environ:    # all is written: leave before the interpreter's teardown, in which gloo's
-            sys.stdout.flush()      # threads abort now and then ("terminate called without ...")
-            sys.stderr.flush()
-            os._exit(code)
-        sys.exit(code)
+        leave(128 + number if number else 0)
     else:
         if checkpoints(config.out_dir) and not going_on:
             raise ValueError(occupied(config.out_dir))
         whole_job(config, arguments, settings, going_on)
+
+
+def leave(code):
+    """End this process. A worker among others skips the interpreter's teardown, in which gloo's threads abort
+    now and then ("terminate called without ...")."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    (os._exit if "RANK" in os.environ else sys.exit)(code)
 
 
 if __name__ == "__main__":
@@ -294,4 +297,10 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (ValueError, OSError) as problem:
         print(f"train.py: {problem}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
+    except RuntimeError as problem:
+        if not (isinstance(problem, dist.DistError) or "gloo" in str(problem)):
+            raise
+        print("train.py: a worker lost contact with another, which ended or hung; its message is above if it "
+              f"had one ({str(problem).splitlines()[0]}). Go on with --resume", file=sys.stderr)
+        leave(1)

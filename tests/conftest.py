@@ -1,6 +1,9 @@
 """What several lessons share: a toy vocabulary, and a tiny corpus that is made once per test session."""
+import contextlib
+import io
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 
@@ -17,6 +20,20 @@ from interleave import Vocab, speech_frames, text_frames  # noqa: E402
 TINY = dict(prepare.SETTINGS, corpus_utterances=150, eval_utterances=6, n_semantic=16, n_acoustic=16,
             fit_utterances=60)
 TINY_MODEL = dict(n_layer=2, d_model=32, n_head=2, n_kv_head=1, d_ff=64)
+
+
+def run_here(script, *arguments):
+    """Run a script in this process, which has PyTorch loaded already -> exit code, stdout, stderr."""
+    before, sys.argv = sys.argv, [str(script), *map(str, arguments)]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        finally:
+            sys.argv = before
+    return code, out.getvalue(), err.getvalue()
 
 
 def shared_folder():

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_here
 from safetensors.torch import load_file, save_file
 
 from attention import KVCache
@@ -314,7 +314,7 @@ def test_two_ranks_each_load_half_of_the_same_model(tmp_path):
 # ---- out again, and real weights ---------------------------------------------------------------------------
 
 def call(script, *arguments):
-    return subprocess.run([sys.executable, str(ROOT / script), *arguments], capture_output=True, text=True)
+    return subprocess.CompletedProcess(arguments, *run_here(ROOT / script, *arguments))
 
 
 def test_an_exported_run_is_read_back_bit_for_bit(tiny_run, tiny_data, tmp_path):

@@ -10,7 +10,7 @@ from attention import KVCache, attend_dense, attend_documents
 from config import Config
 from heads import token_losses, weighted_loss
 from interleave import delay, training_example
-from model import Model, ModelConfig, from_published, to_published
+from model import Model, ModelConfig, SwiGLU, from_published, to_published
 from parallel import prepare_for_speed
 
 
@@ -212,3 +212,14 @@ def test_published_layouts_that_do_not_fit_are_explained():
         broken = {name: tensor for name, tensor in (state | change).items() if tensor is not None}
         with pytest.raises(ValueError, match=message):
             from_published(broken, about["body"], about["token_bias"])
+
+
+def test_swiglu_that_keeps_only_its_inputs_has_the_derivative_of_the_plain_one():
+    g = torch.Generator().manual_seed(0)
+    gate, up, weight = (torch.randn(5, 7, generator=g, dtype=torch.float64) for _ in range(3))
+    gradients = []
+    for form in (SwiGLU.apply, lambda gate, up: torch.nn.functional.silu(gate) * up):
+        inputs = [x.clone().requires_grad_() for x in (gate, up)]
+        (form(*inputs) * weight).sum().backward()
+        gradients.append([x.grad for x in inputs])
+    torch.testing.assert_close(*gradients)

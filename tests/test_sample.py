@@ -1,13 +1,11 @@
 """Claim: decoding emits only what each stream may say, keeps the delay, and answers from the command line."""
 import copy
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_here
 
 from attention import KVCache
 from data import Dataset
@@ -131,19 +129,18 @@ def test_bfloat16_halves_the_weights_and_reads_about_the_same(tiny_run, tiny_dat
 
 
 def test_the_command_line_speaks_and_listens(tiny_run, tiny_data, tmp_path):
-    sample = [sys.executable, str(ROOT / "sample.py"), tiny_run]
     voice = Dataset(tiny_data, "unseen").info["audio"][0]
     out = str(tmp_path / "x.wav")
 
     def call(*arguments):
-        return subprocess.run([*sample, *arguments], capture_output=True, text=True)
+        return run_here(ROOT / "sample.py", tiny_run, *arguments)
 
-    assert len(call("asr", voice, voice).stdout.splitlines()) == 2
-    assert "x.wav" in call("tts", "seven three five", "--prompt", voice, "--out", out, "--quant=int8").stdout
+    assert len(call("asr", voice, voice)[1].splitlines()) == 2
+    assert "x.wav" in call("tts", "seven three five", "--prompt", voice, "--out", out, "--quant=int8")[1]
     wav, sr = soundfile.read(out)
     assert sr == 16000 and len(wav) % 320 == 0
     for arguments, message in ((("tts", "one"), "without a voice prompt"),
                                (("asr", "none.wav"), "no such file"),
                                (("tts", " ", "--prompt", voice), "text is empty")):
-        failed = call(*arguments)
-        assert failed.returncode == 2 and message in failed.stderr and "Traceback" not in failed.stderr
+        code, _, complaint = call(*arguments)
+        assert code == 2 and message in complaint
