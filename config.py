@@ -26,6 +26,8 @@ class Config:
     n_level: int = 8
     switch_penalty: float = 60.0
     fit_utterances: int = 700
+    audio_tokenizer: str = ""       # folder of a fitted tokenizer: see pretrained.py
+    lower: bool = False             # lower-case the texts
     text_model: str = "word"        # bpe, unigram, char, an LLM's folder or hub id; base: init_from
     text_vocab: int = 0
     max_audio_s: float = 30.0

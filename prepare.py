@@ -37,6 +37,7 @@ from tokenize_text import KINDS, TextTokenizer, make_text_tokenizer
 VERSION = 2
 UTTERANCES_PER_SHARD = 1000
 SPLITS = ("train", "seen", "unseen")
+AUDIO_FILES = ("audio_tokenizer.json", "codebooks.safetensors")
 MIN_RMS = 1e-4              # quieter than this is silence
 
 SETTINGS = dict(            # all that shapes the data; train.py's Config has the same names
@@ -49,6 +50,8 @@ SETTINGS = dict(            # all that shapes the data; train.py's Config has th
     n_level=8,              # acoustic levels
     switch_penalty=60.0,    # cost of a change of semantic token, in squared feature distance
     fit_utterances=700,     # the audio tokenizer is fitted on this many training utterances
+    audio_tokenizer="",     # folder of a fitted tokenizer (pretrained.py), instead of the sizes above
+    lower=False,            # lower-case the texts
     text_model="word",      # word, bpe, unigram, char (sentencepiece), or the folder or hub id of an LLM
     text_vocab=0,           # its size; 0 = as many as the corpus has (word and char)
     max_audio_s=30.0,       # longer utterances are rejected
@@ -57,7 +60,12 @@ SETTINGS = dict(            # all that shapes the data; train.py's Config has th
 
 def data_folder(root, settings):
     """The folder of these settings' data: root/<corpus name>-<hash of the settings and of the manifest>."""
-    content = dict(settings, version=VERSION)
+    content = {name: value for name, value in settings.items() if name not in ("audio_tokenizer", "lower")}
+    content["version"] = VERSION
+    content |= {"lower": True} if settings["lower"] else {}
+    if settings["audio_tokenizer"]:
+        tokenizer = settings["audio_tokenizer"]
+        content["audio_tokenizer"] = [checksum(f"{tokenizer}/{name}") for name in AUDIO_FILES]
     name = settings["corpus"]
     if name != "numbers":
         if not os.path.isfile(name):
@@ -72,6 +80,13 @@ def data_folder(root, settings):
         content["n_text"] = text_tokenizer.n_text
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
     return os.path.join(root, f"{name}-{digest}")
+
+
+def checksum(path):
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is missing: fit the tokenizer first (tokenize_audio.py)")
+    with open(path, "rb") as f:
+        return zlib.crc32(f.read())
 
 
 def has_shard(folder, name):
@@ -95,10 +110,12 @@ def write_file(path, data):
     os.replace(path + ".tmp", path)
 
 
-def copy_folder(source, target):
-    """Copy beside and rename, in place of what is there."""
+def copy_folder(source, target, names=None):
+    """Copy all files, or those named, beside and rename, in place of what is there."""
     shutil.rmtree(target + ".tmp", ignore_errors=True)
-    shutil.copytree(source, target + ".tmp")
+    os.makedirs(target + ".tmp")
+    for name in names or os.listdir(source):
+        shutil.copy(f"{source}/{name}", f"{target}.tmp/{name}")
     shutil.rmtree(target, ignore_errors=True)
     os.rename(target + ".tmp", target)
 
@@ -226,11 +243,16 @@ def prepare(settings, root="data", n_process=None):
             manifest = make_corpus(f"{folder}/corpus", settings["corpus_utterances"],
                                    settings["eval_utterances"], settings["data_seed"], n_process, progress)
     rows, rejects = read_manifest(manifest)
+    if settings["lower"]:
+        rows = [row | {"text": row["text"].lower()} for row in rows]
     splits = {split: [row for row in rows if row["split"] == split] for split in SPLITS}
     if not splits["train"]:
         raise ValueError(f"{manifest} has no training utterance")
     if not os.path.exists(f"{folder}/audio_tokenizer"):
-        fit_on(splits["train"], settings, folder)
+        if settings["audio_tokenizer"]:
+            copy_folder(settings["audio_tokenizer"], f"{folder}/audio_tokenizer", AUDIO_FILES)
+        else:
+            fit_on(splits["train"], settings, folder)
     if not os.path.exists(f"{folder}/text_tokenizer"):
         texts = [row["text"] for row in splits["train"]]
         make_text_tokenizer(texts, settings["text_model"], settings["text_vocab"]).save(

@@ -5,6 +5,7 @@ seconds, without pretrained weights, and has the two kinds of tokens of OpusLM (
   semantic   what is said: k-means clusters of features from which the speaker has been removed
   acoustic   how it sounds: residual vector quantisation of the log-mel spectrum, 8 levels, coarse to fine
 Hear what the tokens keep:  python tokenize_audio.py out/numbers/audio_tokenizer in.wav out.wav
+For real speech, pretrained tokenizers do better by far: pretrained.py.
 """
 import json
 import os
@@ -253,6 +254,9 @@ class Tokenizer:
             raise ValueError(f"{folder} holds no audio tokenizer: run prepare.py first")
         with open(f"{folder}/audio_tokenizer.json") as f:
             meta = json.load(f)
+        if meta["kind"] == "pretrained":
+            from pretrained import PretrainedTokenizer
+            return PretrainedTokenizer.load(folder, meta)
         if meta["version"] != VERSION:
             raise ValueError(f"{folder}: tokenizer version {meta['version']}, we read {VERSION}: "
                              "run prepare.py again")
@@ -297,9 +301,17 @@ def griffin_lim(mel, n_iter):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4:
-        sys.exit(__doc__)
-    tokenizer = Tokenizer.load(sys.argv[1])
-    spoken = tokenizer.encode(load_audio(sys.argv[2]))
-    soundfile.write(sys.argv[3], tokenizer.decode(spoken), SAMPLE_RATE)
-    print(f"{len(spoken)} frames; the first five:\n{spoken[:5]}")
+    try:
+        if sys.argv[1:] and sys.argv[1].startswith("fit-"):
+            import fit
+            fit.main(sys.argv[1:])
+        elif len(sys.argv) != 4:
+            sys.exit(__doc__)
+        else:
+            tokenizer = Tokenizer.load(sys.argv[1])
+            spoken = tokenizer.encode(load_audio(sys.argv[2]))
+            soundfile.write(sys.argv[3], tokenizer.decode(spoken), SAMPLE_RATE)
+            print(f"{len(spoken)} frames; the first five:\n{spoken[:5]}")
+    except ValueError as problem:
+        print(f"tokenize_audio.py: {problem}", file=sys.stderr)
+        sys.exit(2)

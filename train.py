@@ -43,6 +43,7 @@ from parallel import (
     whole,
     worker_mesh,
 )
+from tokenize_audio import Tokenizer
 from tokenize_text import KINDS, make_text_tokenizer
 
 
@@ -87,7 +88,8 @@ def check_start(config):
         if config.text_model in KINDS:
             raise ValueError(f"{config.init_from} has its own text tokens: set text_model='base'")
         n_text = make_text_tokenizer([], config.text_model, 0).n_text
-        vocab = Vocab(config.n_semantic, config.n_acoustic, config.n_level, n_text)
+        t = Tokenizer.load(config.audio_tokenizer) if config.audio_tokenizer else config
+        vocab = Vocab(t.n_semantic, t.n_acoustic, t.n_level, n_text)
         vocab, _ = vocab.only(config.token_streams)
         starting_weights(config, starting_vocab(config.init_from, vocab))
 

@@ -1,0 +1,177 @@
+"""Fit: the clusters and code books that make tokens of a pretrained network's features.
+
+Helper of pretrained.py; its commands are there:  python tokenize_audio.py fit-semantic|fit-acoustic ...
+"""
+import argparse
+import json
+import os
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
+
+from prepare import read_manifest
+from pretrained import VERSION, Lyra, NeuralCodec, SpeechEncoder
+from tokenize_audio import kmeans, load_audio, nearest
+
+
+def spread_start(x, n_cluster, generator):
+    """k-means++: points far from those already chosen are likelier, x (M, C) -> (n_cluster, C)."""
+    chosen = torch.randint(len(x), (1,), generator=generator)
+    far = (x - x[chosen]).pow(2).sum(1)
+    for _ in range(n_cluster - 1):
+        new = torch.searchsorted(far.cumsum(0), far.sum() * torch.rand(1, generator=generator))
+        new = new.clamp_max(len(x) - 1)
+        chosen = torch.cat([chosen, new])
+        far = torch.minimum(far, (x - x[new]).pow(2).sum(1))
+    return x[chosen]
+
+
+def fit_clusters(x, n_cluster, path, n_step=300, batch=20_000, seed=0, say=print):
+    """Mini-batch k-means of x (M, C), which may be a memory map -> centroids (n_cluster, C).
+
+    Each step moves the centroids towards the means of a batch, the less the more they have seen (Sculley
+    2010). `path` keeps the state: a run that was cut off goes on from there.
+    """
+    if len(x) < 2 * n_cluster:
+        raise ValueError(f"{len(x)} frames are too few for {n_cluster} clusters: use more audio")
+    rng, first = np.random.default_rng(seed), 0
+    pick = lambda n: torch.from_numpy(np.array(x[np.sort(rng.choice(len(x), min(n, len(x)), False))],
+                                               dtype=np.float32))
+    if os.path.exists(path):
+        state = load_file(path)
+        first = int(state["step"][0])
+        centroids, count = torch.from_numpy(state["centroids"]), torch.from_numpy(state["count"])
+        say(f"k-means goes on after step {first}")
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        centroids, count = spread_start(pick(20 * n_cluster), n_cluster, generator), torch.zeros(n_cluster)
+    for step in range(first, n_step):
+        rng = np.random.default_rng((seed, step + 1))       # a step does not depend on those before
+        points = pick(batch)
+        label = nearest(points, centroids)                                  # (batch,)
+        new = torch.bincount(label, minlength=n_cluster).float()
+        total = torch.zeros_like(centroids).index_add_(0, label, points)
+        count += new
+        rate = torch.where(new > 0, new / count.clamp_min(1), 0)[:, None]
+        centroids += rate * (total / new.clamp_min(1)[:, None] - centroids)
+        lost = ((count < 0.1 * count.mean()) if step % 50 == 49 and step < n_step // 2
+                else torch.zeros(n_cluster, dtype=torch.bool)).nonzero()[:, 0]
+        centroids[lost] = points[:len(lost)]                # clusters that nothing falls into start anew
+        count[lost] = count.mean()
+        if step % 50 == 49 or step == n_step - 1:
+            inertia = float((points - centroids[nearest(points, centroids)]).pow(2).sum(1).mean())
+            used = int((new > 0).sum())
+            say(f"step {step + 1}: mean squared distance {inertia:.4g}, {used} of {n_cluster} clusters used")
+            state = {"centroids": centroids.numpy(), "count": count.numpy(), "step": np.array([step + 1])}
+            save_file(state, path + ".tmp")
+            os.replace(path + ".tmp", path)
+    return centroids
+
+
+def fit_books(x, n_level, n_code, seed=0, say=print):
+    """Code books (n_level, n_code, C), each fitted on what those before leave of x (M, C)."""
+    generator, books = torch.Generator().manual_seed(seed), []
+    energy = (x - x.mean(0)).pow(2).sum(1).mean()
+    for level in range(n_level):
+        books.append(kmeans(x, n_code, generator))
+        x = x - books[-1][nearest(x, books[-1])]
+        say(f"level {level + 1}: {100 * float(x.pow(2).sum(1).mean() / energy):.1f} % of the energy is left")
+    return torch.stack(books)
+
+
+def collect(folder, paths, features, n_frame, say=print):
+    """Features of audio files, until there are n_frame rows -> memory map (M, C) of float16.
+
+    They are kept in `folder` as they come; what is there already is not made again.
+    """
+    data, progress = f"{folder}/features.bin", f"{folder}/features.json"
+    state = {"files": 0, "rows": 0, "width": 0}
+    if os.path.exists(progress):
+        with open(progress) as f:
+            state = json.load(f)
+        say(f"{state['rows']:,} frames are there already")
+    with open(data, "r+b" if os.path.exists(data) else "wb") as f:
+        f.truncate(state["rows"] * state["width"] * 2)
+        f.seek(0, os.SEEK_END)
+        for i, path in enumerate(tqdm(paths, "features", mininterval=2, unit="file")):
+            if i < state["files"] or state["rows"] >= n_frame:
+                continue
+            try:
+                x = features(load_audio(path)).numpy().astype(np.float16)   # (T, C)
+            except ValueError as problem:
+                say(f"left out: {problem}")
+                x = np.zeros((0, state["width"]), np.float16)
+            f.write(x.tobytes())
+            state = {"files": i + 1, "rows": state["rows"] + len(x), "width": x.shape[1]}
+            if i % 20 == 19:
+                f.flush()
+                write_json(progress, state)
+    write_json(progress, state)
+    if not state["rows"]:
+        raise ValueError("no audio of the manifest could be read")
+    return np.memmap(data, np.float16, "r", shape=(state["rows"], state["width"]))
+
+
+def write_json(path, content):
+    with open(path + ".tmp", "w") as f:
+        json.dump(content, f, indent=1)
+    os.replace(path + ".tmp", path)
+
+
+def add_part(folder, part, about, arrays):
+    """Write one half of a tokenizer into its folder, beside the other half if that is there."""
+    path, books = f"{folder}/audio_tokenizer.json", f"{folder}/codebooks.safetensors"
+    whole, tensors = {"kind": "pretrained", "version": VERSION}, {}
+    if os.path.exists(path):
+        with open(path) as f:
+            whole = json.load(f)
+        tensors = load_file(books)
+    tensors |= {name: array.contiguous().numpy() for name, array in arrays.items()}
+    save_file(tensors, books + ".tmp")
+    os.replace(books + ".tmp", books)
+    write_json(path, whole | {part: about})
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser(prog="tokenize_audio.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["fit-semantic", "fit-acoustic"])
+    parser.add_argument("folder", help="of the tokenizer")
+    parser.add_argument("manifest", help="whose training utterances it is fitted on: see prepare.py")
+    parser.add_argument("--encoder", help="fit-semantic: a speech encoder's folder or hub id")
+    parser.add_argument("--layer", type=int, default=-1, help="fit-semantic: of its hidden states")
+    parser.add_argument("--clusters", type=int, default=1000)
+    parser.add_argument("--codec", help="fit-acoustic: a codec's folder or hub id")
+    parser.add_argument("--levels", type=int, default=8)
+    parser.add_argument("--codes", type=int, default=1024, help="fit-acoustic, Lyra: codes of a level")
+    parser.add_argument("--frames", type=int, default=2_000_000, help="fit on at most so many")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    rows = [row["audio"] for row in read_manifest(args.manifest)[0] if row["split"] == "train"]
+    paths = [rows[i] for i in np.random.default_rng(args.seed).permutation(len(rows))]
+    work = f"{args.folder}/{args.what}"                                     # can be deleted afterwards
+    os.makedirs(work, exist_ok=True)
+    if args.what == "fit-semantic":
+        if not args.encoder:
+            raise ValueError("which encoder? --encoder=FOLDER or hub id")
+        encoder = SpeechEncoder(args.encoder, args.layer, args.device)
+        x = collect(work, paths, encoder.features, args.frames)
+        clusters = fit_clusters(x, args.clusters, f"{work}/clusters.safetensors", seed=args.seed)
+        where = os.path.abspath(args.encoder) if os.path.isdir(args.encoder) else args.encoder
+        add_part(args.folder, "semantic", {"encoder": where, "layer": args.layer}, {"clusters": clusters})
+    else:
+        if not args.codec:
+            raise ValueError("which codec? --codec=FOLDER or hub id")
+        where = os.path.abspath(args.codec) if os.path.isdir(args.codec) else args.codec
+        if os.path.exists(f"{args.codec}/soundstream_encoder.tflite"):
+            x = collect(work, paths, Lyra(args.codec).features, min(args.frames, 200_000))
+            x = torch.from_numpy(np.array(x, dtype=np.float32))
+            arrays = {"books": fit_books(x, args.levels, args.codes, args.seed)}
+            codes = args.codes
+        else:
+            arrays, codes = {}, NeuralCodec(args.codec, args.levels, args.device).n_code
+        add_part(args.folder, "acoustic", {"codec": where, "levels": args.levels, "codes": codes}, arrays)
+    print(f"{args.folder}: {args.what} is done")

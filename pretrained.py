@@ -1,0 +1,252 @@
+"""Pretrained tokenizers: a speech encoder with k-means for what is said, a neural codec for how it sounds.
+
+Helper of tokenize_audio.py in the reading order; pip install -e '.[codecs]'. A tokenizer is a folder, made in
+two steps, which prepare.py and train.py then take as --audio_tokenizer=FOLDER:
+  python tokenize_audio.py fit-semantic FOLDER manifest.tsv --encoder=openai/whisper-base --clusters=1000
+  python tokenize_audio.py fit-acoustic FOLDER manifest.tsv --codec=models/lyra
+Encoder: a folder or hub id of Whisper, HuBERT, WavLM or wav2vec 2.0.  Codec: a folder with Lyra v2's
+SoundStream (tflite files; its own 46 x 16 quantisers or 8 x 1024 fitted ones), or DAC, X-codec, EnCodec,
+Mimi in Hugging Face's form, whose own codes are taken. Both must make 50 frames a second.
+"""
+import json
+import os
+
+import numpy as np
+import soxr
+import torch
+from safetensors.numpy import load_file, save_file
+
+from tokenize_audio import HOP, SAMPLE_RATE, nearest, to_mono_16k
+from tokenize_text import find_folder
+
+VERSION = 1
+WEIGHTS = ("config.json", "preprocessor_config.json", "model.safetensors", "pytorch_model.bin")
+WINDOW_S, CONTEXT_S = 30.0, 2.0     # long audio goes in windows; frames so near a cut come from the next one
+FRAME_HZ = SAMPLE_RATE / HOP
+
+
+# ---- speech encoders ---------------------------------------------------------------------------------------
+
+def windows(n, size, context):
+    """Cut n frames into windows of at most `size` -> [(first, end, first kept, end kept)].
+
+        |--------keep--------|ctx|                     what is kept has context on both sides, but at the
+                         |ctx|--------keep------|      ends of the audio
+    """
+    if n <= size:
+        return [(0, n, 0, n)]
+    result, kept = [], 0
+    while kept < n:
+        first = max(0, min(kept - context, n - size))
+        end = min(n, first + size)
+        end_kept = n if end == n else end - context
+        result.append((first, end, kept, end_kept))
+        kept = end_kept
+    return result
+
+
+class SpeechEncoder:
+    """A layer of a pretrained speech encoder: wav (n,) at 16 kHz -> (T, C) at 50 Hz, T = ceil(n / HOP)."""
+
+    def __init__(self, name, layer=-1, device="cpu"):
+        """layer: of hidden_states, 0 being the input of the first one; -1 is the last."""
+        from transformers import AutoConfig, AutoModel, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
+        folder = find_folder(name, WEIGHTS)
+        config = AutoConfig.from_pretrained(folder)
+        self.layer, self.device, self.kind = layer, device, config.model_type
+        model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+        if self.kind == "whisper":
+            self.model, hop = model.encoder, 2 * 160
+            self.prepare = WhisperFeatureExtractor(feature_size=config.num_mel_bins)
+            depth = config.encoder_layers
+        elif hasattr(config, "conv_stride"):
+            self.model, hop = model, int(np.prod(config.conv_stride))
+            about, depth = f"{folder}/preprocessor_config.json", config.num_hidden_layers
+            self.normalise = not os.path.exists(about) or (
+                Wav2Vec2FeatureExtractor.from_pretrained(folder).do_normalize)
+        else:
+            raise ValueError(f"{name} is a {self.kind} model: we know Whisper, HuBERT, WavLM and wav2vec 2.0")
+        if hop != HOP:
+            raise ValueError(f"{name} makes {SAMPLE_RATE / hop:g} frames a second, we need {FRAME_HZ:g}")
+        if not -depth - 1 <= layer <= depth:
+            raise ValueError(f"{name} has {depth} layers: no layer {layer}")
+        self.model.to(device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def features(self, wav):
+        """wav (n,) float32 at 16 kHz -> (T, C) float32 on the CPU."""
+        T, size, context = -(-len(wav) // HOP), int(WINDOW_S * FRAME_HZ), int(CONTEXT_S * FRAME_HZ)
+        if self.kind != "whisper" and self.normalise:       # the whole, so that windows agree
+            wav = (wav - wav.mean()) / np.sqrt(wav.var() + 1e-7)
+        wav, parts = np.pad(wav, (0, T * HOP - len(wav))), []
+        for first, end, kept, end_kept in windows(T, size, context):
+            states = self.window(wav[first * HOP:end * HOP])                # (frames, C)
+            parts.append(states[kept - first:end_kept - first])
+        return torch.cat(parts)
+
+    def window(self, wav):
+        """At most 30 s, whole frames -> (T, C)."""
+        T = len(wav) // HOP
+        if self.kind == "whisper":      # always sees 30 s, the rest silence
+            x = self.prepare(wav, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
+        else:                           # without padding in its convolutions: a frame spans 400 samples
+            x = torch.from_numpy(np.pad(wav, 40).astype(np.float32))[None]
+        states = self.model(x.to(self.device), output_hidden_states=True).hidden_states[self.layer][0]
+        return states[:T].float().cpu()
+
+
+# ---- neural codecs -----------------------------------------------------------------------------------------
+
+class Lyra:
+    """Lyra v2's SoundStream: 64 numbers for every 20 ms; quantised here, by its own or fitted code books."""
+
+    def __init__(self, folder):
+        try:
+            from ai_edge_litert.interpreter import Interpreter
+        except ImportError:
+            raise ValueError("Lyra needs ai-edge-litert: pip install -e '.[codecs]'") from None
+        make = lambda name: Interpreter(f"{folder}/{name}.tflite", num_threads=1)
+        self.encoder, self.decoder = make("soundstream_encoder"), make("lyragan")
+        self.own = torch.from_numpy(np.load(f"{folder}/codebooks.npy"))     # (46, 16, 64)
+
+    def run(self, model, rows):
+        """A stateful network, row by row from silence: (T, n) -> (T, m)."""
+        model.allocate_tensors()
+        model.reset_all_variables()
+        source, target = model.get_input_details()[0], model.get_output_details()[0]
+        out = []
+        for row in rows:
+            model.set_tensor(source["index"], row.reshape(source["shape"]))
+            model.invoke()
+            out.append(model.get_tensor(target["index"]).flatten())
+        return np.stack(out)
+
+    def features(self, wav):
+        """wav (n,) at 16 kHz -> (T, 64), T = ceil(n / HOP)."""
+        T = -(-len(wav) // HOP)
+        return torch.from_numpy(self.run(self.encoder, np.pad(wav, (0, T * HOP - len(wav))).reshape(T, HOP)))
+
+    def sound(self, features):
+        """(T, 64) -> wav (T * HOP,)."""
+        return self.run(self.decoder, features.numpy().astype(np.float32)).flatten()
+
+
+def quantise(x, books):
+    """Residual vector quantisation: x (T, C), books (levels, K, C) -> codes (T, levels)."""
+    codes = []
+    for book in books:
+        codes.append(nearest(x, book))
+        x = x - book[codes[-1]]
+    return torch.stack(codes, 1)
+
+
+class NeuralCodec:
+    """DAC, X-codec, EnCodec or Mimi of transformers: its first n_level levels of codes."""
+
+    def __init__(self, name, n_level=8, device="cpu"):
+        from transformers import AutoConfig, AutoModel
+        folder = find_folder(name, WEIGHTS)
+        config = AutoConfig.from_pretrained(folder)
+        if config.model_type not in ("dac", "encodec", "mimi", "xcodec"):
+            raise ValueError(f"{name} is a {config.model_type} model: we know DAC, EnCodec, Mimi and X-codec")
+        self.kind, self.rate = config.model_type, config.sampling_rate
+        self.n_level, self.device = n_level, device
+        self.model = AutoModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+        self.model.requires_grad_(False)
+        n = 8 * self.rate
+        self.n_code, self.frame_hz = config.codebook_size, len(self.codes(np.zeros(n, np.float32))) / 8
+        if abs(self.frame_hz - FRAME_HZ) > 0.5:
+            raise ValueError(f"{name} makes {self.frame_hz:.4g} frames a second, we need {FRAME_HZ:g}; "
+                             "DAC at 16 kHz and X-codec do")
+
+    @torch.no_grad()
+    def codes(self, wav):
+        """wav (n,) at the codec's own rate -> (T, n_level)."""
+        x = torch.from_numpy(wav)[None, None].to(self.device)
+        codes = self.model.encode(x).audio_codes
+        codes = codes[0] if codes.ndim == 4 else codes                      # EnCodec: chunks first
+        if codes.shape[1] < self.n_level:
+            raise ValueError(f"the codec has {codes.shape[1]} levels, {self.n_level} are wanted")
+        return codes[0, :self.n_level].T.cpu()                              # (T, n_level)
+
+    @torch.no_grad()
+    def sound(self, codes):
+        """codes (T, n_level) -> wav at the codec's own rate."""
+        codes = codes.T[None].to(self.device)                               # (1, n_level, T)
+        if self.kind == "encodec":
+            wav = self.model.decode(codes[None], [None]).audio_values
+        elif self.kind == "dac":
+            wav = self.model.decode(audio_codes=codes).audio_values
+        else:
+            wav = self.model.decode(codes).audio_values
+        return wav.flatten().cpu().numpy()
+
+
+# ---- both together -----------------------------------------------------------------------------------------
+
+class PretrainedTokenizer:
+    """encode, decode, save, load and the sizes, as any tokenizer of ours (tokenize_audio.Tokenizer)."""
+    sample_rate, frame_hz = SAMPLE_RATE, FRAME_HZ
+
+    def __init__(self, about, arrays, device="cpu"):
+        """about: {"semantic": {encoder, layer}, "acoustic": {codec, levels}}; arrays: clusters (K, C), and
+        books (levels, codes, 64) for Lyra. The networks are loaded when first needed."""
+        self.about, self.arrays, self.device = about, arrays, device
+        self.n_semantic = len(arrays["clusters"])
+        books = arrays.get("books")
+        self.n_level, self.n_acoustic = about["acoustic"]["levels"], about["acoustic"]["codes"]
+        assert books is None or books.shape[:2] == (self.n_level, self.n_acoustic)
+        self.encoder = self.codec = None
+
+    def start(self, encode):
+        semantic, acoustic = self.about["semantic"], self.about["acoustic"]
+        if encode and self.encoder is None:
+            self.encoder = SpeechEncoder(semantic["encoder"], semantic["layer"], self.device)
+        if self.codec is None:
+            self.codec = (Lyra(acoustic["codec"]) if "books" in self.arrays else
+                          NeuralCodec(acoustic["codec"], self.n_level, self.device))
+
+    def encode(self, wav, sr=SAMPLE_RATE):
+        """wav (n,) or (n, channels) at sr Hz -> codes (T, N) int16, semantic ones first; T about n / HOP."""
+        self.start(True)
+        wav = to_mono_16k(wav, sr)
+        semantic = nearest(self.encoder.features(wav), self.arrays["clusters"])             # (T,)
+        if "books" in self.arrays:
+            acoustic = quantise(self.codec.features(wav), self.arrays["books"])             # (T', levels)
+        else:
+            acoustic = self.codec.codes(soxr.resample(wav, SAMPLE_RATE, self.codec.rate))
+        T = min(len(semantic), len(acoustic))
+        if abs(len(semantic) - len(acoustic)) > 1:
+            raise ValueError(f"{len(semantic)} semantic and {len(acoustic)} acoustic frames do not fit")
+        return torch.cat([semantic[:T, None], acoustic[:T]], 1).numpy().astype(np.int16)    # (T, N)
+
+    def decode(self, codes):
+        """codes (T, N) -> wav (T * HOP,) float32 at 16 kHz."""
+        codes = torch.as_tensor(np.asarray(codes), dtype=torch.long)[:, -self.n_level:]     # (T, levels)
+        if len(codes) == 0:
+            return np.zeros(0, np.float32)
+        self.start(False)
+        if "books" in self.arrays:
+            wav = self.codec.sound(sum(book[code] for book, code in zip(self.arrays["books"], codes.T)))
+        else:
+            wav = soxr.resample(self.codec.sound(codes), self.codec.rate, SAMPLE_RATE)
+        wav = np.pad(wav, (0, max(0, len(codes) * HOP - len(wav))))[:len(codes) * HOP]
+        return (wav / max(1.0, np.abs(wav).max())).astype(np.float32)
+
+    def save(self, folder):
+        os.makedirs(folder, exist_ok=True)
+        save_file({name: array.contiguous().numpy() for name, array in self.arrays.items()},
+                  f"{folder}/codebooks.safetensors")
+        with open(f"{folder}/audio_tokenizer.json", "w") as f:
+            json.dump({"kind": "pretrained", "version": VERSION, **self.about}, f, indent=1)
+
+    @classmethod
+    def load(cls, folder, about, device="cpu"):
+        if about["version"] != VERSION:
+            raise ValueError(f"{folder}: tokenizer version {about['version']}, we read {VERSION}")
+        missing = [f"fit-{part}" for part in ("semantic", "acoustic") if part not in about]
+        if missing:
+            raise ValueError(f"{folder} is half a tokenizer: run tokenize_audio.py {missing[0]} too")
+        arrays = load_file(f"{folder}/codebooks.safetensors")
+        return cls({part: about[part] for part in ("semantic", "acoustic")},
+                   {name: torch.from_numpy(array) for name, array in arrays.items()}, device)

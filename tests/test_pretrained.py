@@ -1,0 +1,140 @@
+"""Claim: pretrained encoders and codecs are tokenizers like our own: 50 Hz, no seams, the same folder."""
+import json
+import os
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import ROOT, run_here, shared_folder
+
+from fit import fit_clusters
+from pretrained import NeuralCodec, SpeechEncoder, quantise, windows
+from tokenize_audio import Tokenizer, load_audio
+
+transformers = pytest.importorskip("transformers")
+
+
+def noise(seconds, seed=0):
+    return (0.1 * np.random.default_rng(seed).standard_normal(int(16000 * seconds))).astype(np.float32)
+
+
+def small_hubert(folder):
+    config = transformers.HubertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                                       intermediate_size=16, conv_dim=(8,) * 7, feat_extract_norm="layer",
+                                       num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2)
+    torch.manual_seed(0)
+    transformers.HubertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+def small_whisper(folder):
+    config = transformers.WhisperConfig(d_model=16, encoder_layers=2, encoder_attention_heads=2,
+                                        encoder_ffn_dim=16, decoder_layers=1, decoder_attention_heads=2,
+                                        decoder_ffn_dim=16)
+    torch.manual_seed(0)
+    transformers.WhisperModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+def small_dac(folder, rate=16000):
+    config = transformers.DacConfig(encoder_hidden_size=8, downsampling_ratios=[2, 4, 5, 8], codebook_dim=4,
+                                    decoder_hidden_size=32, upsampling_ratios=[8, 5, 4, 2], n_codebooks=12,
+                                    codebook_size=32, sampling_rate=rate)
+    torch.manual_seed(0)
+    transformers.DacModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_windows_keep_every_frame_once_with_context_on_both_sides():
+    for n in (1, 1500, 1501, 3000, 12345):
+        parts = windows(n, 1500, 100)
+        assert [frame for _, _, kept, end in parts for frame in range(kept, end)] == list(range(n))
+        for first, end, kept, end_kept in parts:
+            assert end - first <= 1500
+            assert (first == 0 or kept - first >= 100) and (end == n or end - end_kept >= 100)
+
+
+@pytest.mark.parametrize("make", [small_hubert, small_whisper])
+def test_an_encoder_makes_a_frame_of_every_20_ms(make, tmp_path):
+    encoder = SpeechEncoder(make(tmp_path))
+    for n in (1600, 1601, 16000, 50001):
+        assert encoder.features(noise(4)[:n]).shape == (-(-n // 320), 16)
+    with pytest.raises(ValueError, match="no layer 9"):
+        SpeechEncoder(str(tmp_path), 9)
+
+
+def test_long_audio_has_no_seam(tmp_path):
+    """What sees only its surroundings, the convolutions, is the same in windows and at once."""
+    encoder, wav = SpeechEncoder(small_hubert(tmp_path), layer=0), noise(65)
+    encoder.normalise = False
+    torch.testing.assert_close(encoder.features(wav), encoder.window(wav), rtol=1e-4, atol=1e-5)
+
+
+def test_codecs_must_make_50_frames_a_second(tmp_path):
+    codec = NeuralCodec(small_dac(tmp_path / "dac"), n_level=8)
+    codes = codec.codes(noise(2))
+    assert codes.shape == (100, 8) and int(codes.max()) < 32
+    assert len(codec.sound(codes)) == pytest.approx(32000, abs=640)
+    with pytest.raises(ValueError, match="75 frames a second"):
+        NeuralCodec(small_dac(tmp_path / "24k", rate=24000))
+    with pytest.raises(ValueError, match="12 levels, 20"):
+        NeuralCodec(str(tmp_path / "dac"), n_level=20)
+    with pytest.raises(ValueError, match="hubert model"):
+        NeuralCodec(small_hubert(tmp_path / "hubert"))
+
+
+def test_clusters_that_were_interrupted_are_those_that_were_not(tmp_path):
+    x = torch.cat([torch.randn(400, 4, generator=torch.Generator().manual_seed(k)) * 0.1 + 3 * torch.randn(
+        4, generator=torch.Generator().manual_seed(99 + k)) for k in range(12)]).numpy()
+    fit = lambda name, n: fit_clusters(x, 12, str(tmp_path / name), n, 500, say=lambda _: None)
+    whole = fit("whole", 100)
+    fit("cut", 50)
+    torch.testing.assert_close(fit("cut", 100), whole, rtol=0, atol=0)
+    nearest = torch.cdist(torch.from_numpy(x), whole).min(1).values
+    assert nearest.pow(2).mean() < 0.1, "each of the twelve heaps has its cluster"
+
+
+def test_fitted_by_the_command_line_it_is_a_tokenizer_like_any_other(tmp_path):
+    rows = ["id\taudio\ttext\tspeaker\tsplit"]
+    for i in range(4):
+        soundfile.write(tmp_path / f"{i}.wav", noise(3, i), 16000)
+        rows.append(f"{i}\t{i}.wav\tone\ta\ttrain")
+    (tmp_path / "m.tsv").write_text("\n".join(rows))
+    folder, script = str(tmp_path / "tok"), ROOT / "tokenize_audio.py"
+    hubert, dac = small_hubert(tmp_path / "hubert"), small_dac(tmp_path / "dac")
+    semantic = ("fit-semantic", folder, tmp_path / "m.tsv")
+    code, _, err = run_here(script, *semantic, f"--encoder={hubert}", "--clusters=9")
+    assert code == 0, err
+    with pytest.raises(ValueError, match="half a tokenizer"):
+        Tokenizer.load(folder)
+    code, _, err = run_here(script, "fit-acoustic", folder, tmp_path / "m.tsv", f"--codec={dac}")
+    assert code == 0, err
+    tokenizer, wav = Tokenizer.load(folder), load_audio(tmp_path / "0.wav")
+    codes = tokenizer.encode(wav)
+    assert codes.shape == (150, 9) and codes.dtype == np.int16 and codes[:, 0].max() < 9
+    assert (tokenizer.n_semantic, tokenizer.n_level, tokenizer.n_acoustic) == (9, 8, 32)
+    assert len(tokenizer.decode(codes)) == 150 * 320
+    tokenizer.save(tmp_path / "again")
+    np.testing.assert_array_equal(Tokenizer.load(tmp_path / "again").encode(wav), codes)
+    assert json.load(open(f"{folder}/audio_tokenizer.json"))["semantic"]["encoder"] == hubert
+    code, _, err = run_here(script, *semantic)
+    assert code == 2 and "which encoder" in err
+
+
+@pytest.mark.skipif(not shared_folder(), reason="no real codec here")
+def test_lyras_own_quantisers_give_back_real_speech():
+    pytest.importorskip("ai_edge_litert")
+    from pretrained import Lyra
+    lyra = Lyra(f"{shared_folder()}/models/lyra")
+    folder = f"{shared_folder()}/data/LibriSpeech/dev-5h/118/47824"
+    name = min(name for name in os.listdir(folder) if name.endswith(".flac"))
+    wav = load_audio(f"{folder}/{name}")[:48000]
+    x = lyra.features(wav)
+    codes = quantise(x, lyra.own)
+    again = sum(book[code] for book, code in zip(lyra.own, codes.T))
+    assert codes.shape == (150, 46) and ((x - again).pow(2).mean() / x.pow(2).mean()) < 0.1
+    sound = lyra.sound(again)
+    loud = lambda wav: np.log(np.abs(wav[:48000 // 320 * 320]).reshape(-1, 320).mean(1) + 1e-3)
+    assert np.corrcoef(loud(wav), loud(sound))[0, 1] > 0.9
+    torch.testing.assert_close(lyra.features(wav), x), "from silence each time"
