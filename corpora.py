@@ -11,6 +11,8 @@ import json
 import os
 import sys
 
+from prepare import read_manifest
+
 AUDIO = (".flac", ".wav", ".opus", ".ogg", ".mp3")
 
 
@@ -98,7 +100,14 @@ def kaldi(folder):
         yield name, audio.strip(), text.strip(), speaker.strip()
 
 
-LAYOUTS = {f.__name__: f for f in (librispeech, libritts, vctk, mls, fleurs, ljspeech, commonvoice, kaldi)}
+def manifest(path):
+    """A manifest with id, audio, text, speaker, to join with others; its file is named, not a folder."""
+    for row in read_manifest(path)[0]:
+        yield row["id"], row["audio"], row["text"], row["speaker"]
+
+
+LAYOUTS = {f.__name__: f for f in (manifest, librispeech, libritts, vctk, mls, fleurs, ljspeech, commonvoice,
+                                   kaldi)}
 
 
 def read_corpus(description):
@@ -107,7 +116,7 @@ def read_corpus(description):
     if layout not in LAYOUTS or split not in ("train", "seen", "unseen"):
         raise ValueError(f"{description!r} is not LAYOUT:SPLIT:FOLDER; layouts are {', '.join(LAYOUTS)}, "
                          "splits train, seen, unseen")
-    if not os.path.isdir(folder):
+    if not os.path.exists(folder):
         raise ValueError(f"{folder}: no such folder")
     try:
         rows = [{"id": name, "audio": os.path.abspath(path), "text": " ".join(text.split()),

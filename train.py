@@ -195,6 +195,7 @@ def train(config, folder, going_on=False):
                 sums = torch.tensor(part, dtype=torch.float64) + sums
             sums = total([*sums.tolist(), len(noted), saver.failed()])
             *sums, loss, n_target, n_frame, flops, stop, failed = sums
+            n_target = max(n_target, 1)
             sum_gradients(params, sharded)
             for p in params:
                 p.grad /= n_target          # frames with a stream-0 target, over all workers and micro-steps

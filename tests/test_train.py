@@ -89,6 +89,20 @@ def test_bfloat16_follows_float32(reference, tiny_data, tiny_flags, tmp_path):
         assert row["semantic"] == pytest.approx(other["semantic"], rel=0.03)
 
 
+def test_a_tracker_gets_the_lines_of_the_log(tiny_data, tiny_flags, tmp_path, monkeypatch):
+    """wandb and trackio have the same three functions; here a module of ours stands for them."""
+    (tmp_path / "trackio.py").write_text("rows = []\ndef init(**about): rows.append(about)\n"
+                                         "def log(row, step): rows.append(row)\n"
+                                         "def finish(): rows.append('end')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    _, log = run(tiny_data, tiny_flags, str(tmp_path / "run"), "--track=trackio", "--max_steps=2")
+    import trackio
+    assert trackio.rows[0]["config"]["max_steps"] == 2 and trackio.rows[1:] == [*log, "end"]
+    assert {"loss", "lr", "grad_norm", "mfu", "memory_mb", "eta_s", "frames_per_second"} <= set(log[0])
+    with pytest.raises(ValueError, match="is not installed"):
+        run(tiny_data, tiny_flags, str(tmp_path / "other"), "--track=no_such_tracker")
+
+
 def test_the_schedule_warms_up_holds_and_ends_near_zero():
     config = load_config(["--max_steps=100", "--warmup=0.1", "--decay=0.5"])
     rates = [learning_rate(config, step) for step in range(100)]
