@@ -21,6 +21,7 @@ import shutil
 import warnings
 import zlib
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -240,14 +241,22 @@ def starting_vocab(folder, vocab):
     return vocab
 
 
-def starting_weights(config, vocab):
-    """Look at what `init_from` names -> function that fills a model, whole or sharded, from it."""
+def starting_weights(config, vocab, data=""):
+    """Look at what `init_from` names -> function that fills a model, whole or sharded, from it.
+
+    data: the folder of prepared data, where config.rows_from_text needs it.
+    """
     folder, model = newest(config.init_from), meta_model(config, vocab)
     if folder:
         check_whole(folder)
         read_tensors(folder, model.state_dict())                            # shapes only
         return lambda model: read_tensors(folder, model.state_dict())
-    weights = start_weights(config.init_from, model.config, vocab, config.seed)
+    said = None
+    if config.rows_from_text and data:
+        if not os.path.exists(f"{data}/align.npz"):
+            raise ValueError(f"rows_from_text needs {data}/align.npz: run align.py {data} first")
+        said = np.load(f"{data}/align.npz")["said"]
+    weights = start_weights(config.init_from, model.config, vocab, config.seed, said)
     return lambda model: fill(model, weights)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 class Config:
     out_dir: str = "out/run"
     # data (see prepare.SETTINGS)
+    data: str = ""                  # a folder of prepared data, as it is, instead of what follows
     data_dir: str = "data"          # prepared corpora live here, each in a folder named by its settings
     corpus: str = "numbers"         # "numbers" or a manifest
     corpus_utterances: int = 9000
@@ -40,6 +41,7 @@ class Config:
     softmax: str = "grammar"        # or original: see heads.token_losses
     # model
     init_from: str = ""             # folder or hub id of a base LLM, or of a checkpoint: see convert.py
+    rows_from_text: bool = False    # a base LLM's semantic rows start from text that goes with them: align.py
     model_type: str = "llama"       # or olmo2: see model.Block
     n_layer: int = 6
     n_head: int = 6

@@ -92,12 +92,16 @@ def read_tensor(path, name):
         return f.get_tensor(name)
 
 
-def base_weights(folder, config, vocab, seed):
+def base_weights(folder, config, vocab, seed, said=None):
     """A Hugging Face LLM as the weights of our Model -> {our name: function that reads it}.
 
     Text rows of emb and lm_head are the LLM's input and output table (a tied LLM fills both). New rows get
     the spread of that table. NOTE(espnet): it passes the table's variance as the standard deviation, so
     that new rows start about 25 times smaller.
+
+    said (n_semantic, n_text): share of each text token in what is said while a semantic token is active
+    (align.py). A semantic row of emb is then the mean of those text rows, at the table's spread, with half
+    as much noise: the LLM understands something of speech before it has seen any.
     """
     body = read_body(folder)
     wrong = [f"{name} is {body[name]} there, {getattr(config, name)} here" for name in HF_FIELDS
@@ -122,17 +126,22 @@ def base_weights(folder, config, vocab, seed):
         raise ValueError(f"{folder}: {some(wrong)}")
     generator = torch.Generator().manual_seed(seed)
 
-    def joint(theirs):
+    def joint(name, theirs):
         text = read_tensor(found[theirs][0], theirs).float()                # (n_text, D)
         rows = torch.empty(config.vocab_size, config.d_model)
         rows.normal_(0, text.std().item(), generator=generator)
+        if said is not None and name == "emb":
+            heard = torch.from_numpy(said) @ text                           # (n_semantic, D)
+            start, end = config.streams[0]
+            rows[start:end] = heard * (text.std() / heard.std()) + 0.5 * rows[start:end]
         rows[slice(*config.text)] = text
         rows[0] = 0             # pad: adds nothing to a frame's sum, and is never predicted
         return rows
 
     weights = {name: (lambda theirs=theirs: read_tensor(found[theirs][0], theirs))
                for name, theirs in sources.items()}
-    weights |= {name: (lambda theirs=theirs: joint(theirs)) for name, theirs in tables.items()}
+    weights |= {name: (lambda name=name, theirs=theirs: joint(name, theirs))
+                for name, theirs in tables.items()}
     return weights | {"head_emb": lambda: torch.zeros(shapes["head_emb"])}
 
 
@@ -258,11 +267,11 @@ def find_start(name):
     return find_folder(name, LLM_FILES + OPUSLM_FILES)
 
 
-def start_weights(name, config, vocab, seed):
+def start_weights(name, config, vocab, seed, said=None):
     """Weights of a base LLM or of a published checkpoint -> {our name: function that reads it}."""
     folder = find_start(name)
     if not is_published(folder):
-        return base_weights(folder, config, vocab, seed)
+        return base_weights(folder, config, vocab, seed, said)
     body, theirs, weights, _ = read_published(folder)
     wrong = [f"{name} is {value} there, {getattr(config, name)} here" for name, value in body.items()
              if getattr(config, name) != value]

@@ -44,6 +44,7 @@ class Dataset:
         if meta["version"] != SHARD_VERSION:
             raise ValueError(f"{folder} has data version {meta['version']}, we read {SHARD_VERSION}: "
                              "run prepare.py again")
+        self.folder = folder
         self.vocab, self.columns = Vocab(**meta["sizes"]).only(token_streams)
         self.codes, self.text, index, shard = [], [], [], []
         self.info = {field: [] for field in ("id", "text", "speaker", "audio")}    # for evaluation and people

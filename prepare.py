@@ -203,6 +203,11 @@ def make_shard(job):
         frame, token = frame + len(code), token + len(text)
         kept.append(row)
     n_stream = (tokenizer.n_semantic > 0) + tokenizer.n_level
+    return write_shard(folder, name, codes, texts, index, kept, rejects, n_stream)
+
+
+def write_shard(folder, name, codes, texts, index, kept, rejects, n_stream):
+    """codes [(T, N)] int16, texts [(M,)] int32, index rows as above, kept: rows of the manifest -> name."""
     arrays = {"codes": np.concatenate(codes) if codes else np.zeros((0, n_stream), np.int16),
               "text": np.concatenate(texts) if texts else np.zeros(0, np.int32),
               "index": np.array(index, np.int64).reshape(-1, 5)}
@@ -212,7 +217,7 @@ def make_shard(job):
         np.save(buffer, array)
         checksums[part] = zlib.crc32(buffer.getvalue())
         write_file(f"{folder}/{name}.{part}.npy", buffer.getvalue())
-    meta = {"version": VERSION, "utterances": len(kept), "frames": frame, "crc32": checksums,
+    meta = {"version": VERSION, "utterances": len(kept), "frames": len(arrays["codes"]), "crc32": checksums,
             "rejects": rejects}
     meta |= {field: [row[field] for row in kept] for field in ("id", "text", "speaker", "audio")}
     write_file(f"{folder}/{name}.json", json.dumps(meta))
@@ -308,8 +313,9 @@ def parse_settings(arguments):
             raise ValueError(f"unknown setting {argument!r}; there are: {', '.join(SETTINGS)}, data_dir")
         else:
             try:
-                settings[name] = type(SETTINGS[name])(value)
-            except ValueError:
+                kind = type(SETTINGS[name])
+                settings[name] = {"True": True, "False": False}[value] if kind is bool else kind(value)
+            except (ValueError, KeyError):
                 raise ValueError(f"{name} takes {type(SETTINGS[name]).__name__}, not {value!r}") from None
     return settings, root
 

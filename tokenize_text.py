@@ -89,16 +89,30 @@ class TextTokenizer:
         return cls({name: open(f"{folder}/{name}", "rb").read() for name in names})
 
 
+def small_pieces(tokenizer, n_merge):
+    """An LLM's tokenizer that only makes short tokens: the first n_merge merges of its BPE, the same ids.
+
+    With few transcripts most long tokens never occur; short ones do, and the LLM knows them too.
+    """
+    about = json.loads(tokenizer.files["tokenizer.json"])
+    if about["model"].get("type") != "BPE":
+        raise ValueError(f"text_vocab picks merges of a BPE, this is a {about['model'].get('type')} model")
+    about["model"]["merges"] = about["model"]["merges"][:n_merge]
+    return TextTokenizer(tokenizer.files | {"tokenizer.json": json.dumps(about).encode()})
+
+
 def make_text_tokenizer(texts, kind, size):
     """Train a sentencepiece model of these texts, or take the one of a base LLM.
 
     kind: "word", "bpe", "unigram", "char", or the folder or hub id of an LLM.  size: tokens; 0 = as many as
-    the texts have (word and char). Token 0 is the unknown one; there are no begin, end and pad tokens.
+    the texts have (word and char); for an LLM only the first so many merges of its BPE, 0 = all. Token 0 of
+    our own ones is the unknown one; there are no begin, end and pad tokens.
     """
     if kind not in KINDS:
         if not os.path.isdir(kind) and "/" not in kind:
             raise ValueError(f"text_model {kind!r} is not one of {', '.join(KINDS)}, nor a base LLM's folder")
-        return TextTokenizer.load(find_folder(kind, TOKENIZER_FILES))
+        tokenizer = TextTokenizer.load(find_folder(kind, TOKENIZER_FILES))
+        return small_pieces(tokenizer, size) if size else tokenizer
     exact = dict(normalization_rule_name="identity", remove_extra_whitespaces=False, byte_fallback=True)
     if size == 0:
         if kind not in ("word", "char"):

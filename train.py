@@ -107,7 +107,7 @@ def check(config, dataset, world, going_on=False):
     if config.track and not importlib.util.find_spec(config.track):
         raise ValueError(f"track={config.track!r} is not installed: pip install {config.track}")
     if config.init_from and not going_on:
-        starting_weights(config, dataset.vocab)
+        starting_weights(config, dataset.vocab, dataset.folder)
 
 
 def counts(batch, config, c):
@@ -157,7 +157,7 @@ def train(config, folder, going_on=False):
         was = resume(found, model, optimizers, rank)
         state = {name: was[name] for name in state}
     elif config.init_from:
-        starting_weights(config, dataset.vocab)(model)
+        starting_weights(config, dataset.vocab, folder)(model)
         say(f"weights of {config.init_from}")
     else:
         generator = torch.Generator(device).manual_seed(config.seed)
@@ -252,7 +252,9 @@ def whole_job(config, arguments, settings, going_on):
     found = going_on and checkpoints(config.out_dir)
     if not found:
         check_start(config)
-    folder = prepare.data_folder(config.data_dir, settings)
+    folder = config.data or prepare.data_folder(config.data_dir, settings)
+    if config.data and not prepare.is_prepared(folder):
+        raise ValueError(f"{folder} holds no prepared data")
     if not prepare.is_prepared(folder):
         flags = [f"--{name}={value}" for name, value in settings.items()] + [f"--data_dir={config.data_dir}"]
         seconds["prepare"] = run_stage("prepare.py", [sys.executable, f"{here}/prepare.py", *flags], peak)
@@ -276,7 +278,7 @@ def main(arguments):
     config = load_config([a for a in arguments if a not in ("--resume", "--worker")])
     settings = {name: getattr(config, name) for name in prepare.SETTINGS}
     if worker:
-        folder = prepare.data_folder(config.data_dir, settings)
+        folder = config.data or prepare.data_folder(config.data_dir, settings)
         if not prepare.is_prepared(folder):
             raise ValueError(f"{folder}, the data of this configuration, is not there: run prepare.py first")
         number = train(config, folder, going_on)

@@ -92,6 +92,16 @@ def messy_corpus(tmp_path, tiny_data):
     return str(path)
 
 
+def test_settings_on_the_command_line_have_their_types():
+    flags = ["--lower=False", "--n_level=4", "--max_audio_s=9", "--data_dir=x"]
+    settings, root = prepare.parse_settings(flags)
+    assert settings == prepare.SETTINGS | {"n_level": 4, "max_audio_s": 9.0} and root == "x"
+    assert prepare.parse_settings(["--lower=True"])[0]["lower"] is True
+    for wrong in ("--lower=yes", "--n_level=few", "--none=1"):
+        with pytest.raises(ValueError, match="takes|unknown"):
+            prepare.parse_settings([wrong])
+
+
 def test_bad_utterances_are_counted_and_named(messy_corpus, tmp_path, capsys):
     settings = TINY | {"corpus": messy_corpus, "n_semantic": 8, "n_acoustic": 8, "text_model": "char"}
     folder = prepare.prepare(settings, str(tmp_path / "data"), n_process=1)

@@ -26,3 +26,12 @@ def test_a_hub_id_without_the_hub_names_the_files(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="needed are config.json, tokenizer.json"):
         find_folder("nobody/nothing", ["config.json", "tokenizer.json"])
+
+
+def test_an_llms_tokenizer_with_few_merges_makes_short_tokens_of_the_same_ids(smollm2):
+    whole, short = (make_text_tokenizer([], smollm2, n) for n in (0, 600))
+    text = "the amazing meeting in the shadows"
+    assert whole.decode(whole.encode(text)) == short.decode(short.encode(text)) == text
+    assert len(whole.encode(text)) < len(short.encode(text)) < len(text)
+    assert short.n_text == whole.n_text
+    assert whole.decode(short.encode("the")) == "the", "the ids are those of the LLM"
