@@ -12,10 +12,11 @@ The folder is named by a hash of all that shaped it, so that a trial run is neve
     dataset.json             written last: version, settings, sizes, shards of each split, hours, rejects
     rejects.tsv              id and reason of every utterance that was left out
     audio_tokenizer/, text_tokenizer/    fitted on the training utterances, or copied from a base LLM
-    train-00000.codes.npy    (frames, N) int16: raw codes of all utterances of the shard, one after the other
-    train-00000.text.npy     (text tokens,) int32: their text ids
-    train-00000.index.npy    (utterances, 5) int64: first frame, frames, first text id, text ids, speaker
-    train-00000.json         written last: version, counts, CRC-32 of the arrays, ids, texts, speakers, audio
+    train-00000-of-00064     a shard of the split, in four files:
+      .codes.npy             (frames, N) int16: raw codes of all its utterances, one after the other
+      .text.npy              (text tokens,) int32: their text ids
+      .index.npy             (utterances, 5) int64: first frame, frames, first text id, text ids, speaker
+      .json                  written last: version, counts, CRC-32 of the arrays, ids, texts, speakers, audio
 """
 import csv
 import hashlib
@@ -25,6 +26,8 @@ import multiprocessing
 import os
 import shutil
 import sys
+import threading
+import time
 import zlib
 
 import numpy as np
@@ -35,7 +38,7 @@ from tokenize_audio import Tokenizer, fit_tokenizer, load_audio
 from tokenize_text import KINDS, TextTokenizer, make_text_tokenizer
 
 VERSION = 2
-UTTERANCES_PER_SHARD = 1000
+SHARDS, UTTERANCES = 64, (50, 1000)     # a split has about so many shards, if those hold so many utterances
 SPLITS = ("train", "seen", "unseen")
 AUDIO_FILES = ("audio_tokenizer.json", "codebooks.safetensors")
 MIN_RMS = 1e-4              # quieter than this is silence
@@ -224,8 +227,16 @@ def write_shard(folder, name, codes, texts, index, kept, rejects, n_stream):
     return name
 
 
-def _one_thread():
+def _start_worker(parent):
+    """One thread a worker; and a worker whose parent was killed ends too, instead of working for nobody."""
     torch.set_num_threads(1)
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 # ---- the whole of it ---------------------------------------------------------------------------------------
@@ -265,12 +276,15 @@ def prepare(settings, root="data", n_process=None):
     speakers = {name: i for i, name in enumerate(sorted({row["speaker"] for row in rows}))}
     names, jobs = {}, []
     for split, part in splits.items():
-        names[split] = [f"{split}-{i:05d}" for i in range(-(-len(part) // UTTERANCES_PER_SHARD))]
+        size = min(max(-(-len(part) // SHARDS), UTTERANCES[0]), UTTERANCES[1])
+        n_shard = -(-len(part) // size)
+        names[split] = [f"{split}-{i:05d}-of-{n_shard:05d}" for i in range(n_shard)]
         for i, name in enumerate(names[split]):
             if not has_shard(folder, name):
-                chunk = part[i * UTTERANCES_PER_SHARD:(i + 1) * UTTERANCES_PER_SHARD]
+                chunk = part[i * size:(i + 1) * size]
                 jobs.append((folder, name, chunk, speakers, settings["max_audio_s"]))
-    with multiprocessing.get_context("spawn").Pool(min(n_process, len(jobs) or 1), _one_thread) as pool:
+    n_process = min(n_process, len(jobs) or 1)
+    with multiprocessing.get_context("spawn").Pool(n_process, _start_worker, (os.getpid(),)) as pool:
         done = pool.imap_unordered(make_shard, jobs)
         for _ in tqdm(done, "tokenizing", len(jobs), unit="shard", mininterval=1):
             pass

@@ -124,23 +124,23 @@ def test_an_interrupted_preparation_goes_on(tiny_data, tmp_path):
     root = tmp_path / "data"
     folder = root / os.path.basename(tiny_data)
     shutil.copytree(tiny_data, folder)
-    for name in ("dataset.json", "unseen-00000.json"):
+    for name in ("dataset.json", "unseen-00000-of-00001.json"):
         os.remove(folder / name)
-    (folder / "unseen-00000.codes.npy").write_bytes(b"half")
+    (folder / "unseen-00000-of-00001.codes.npy").write_bytes(b"half")
     with pytest.raises(ValueError, match="not a finished dataset"):
         Dataset(str(folder), "train")
-    untouched = os.path.getmtime(folder / "train-00000.json")
+    untouched = os.path.getmtime(folder / "train-00000-of-00003.json")
     assert prepare.prepare(TINY, str(root)) == str(folder)
-    assert os.path.getmtime(folder / "train-00000.json") == untouched
+    assert os.path.getmtime(folder / "train-00000-of-00003.json") == untouched
     assert np.array_equal(Dataset(str(folder), "unseen")[0][0], Dataset(tiny_data, "unseen")[0][0])
 
 
 def test_a_damaged_shard_is_noticed(tiny_data, tmp_path):
     import shutil
     shutil.copytree(tiny_data, tmp_path / "d")
-    data = bytearray((tmp_path / "d/train-00000.codes.npy").read_bytes())
+    data = bytearray((tmp_path / "d/train-00000-of-00003.codes.npy").read_bytes())
     data[-1] ^= 1
-    (tmp_path / "d/train-00000.codes.npy").write_bytes(data)
+    (tmp_path / "d/train-00000-of-00003.codes.npy").write_bytes(data)
     with pytest.raises(ValueError, match="damaged"):
         Dataset(str(tmp_path / "d"), "train", verify=True)
 
