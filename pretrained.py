@@ -105,14 +105,14 @@ class Lyra:
             from ai_edge_litert.interpreter import Interpreter
         except ImportError:
             raise ValueError("Lyra needs ai-edge-litert: pip install -e '.[codecs]'") from None
-        make = lambda name: Interpreter(f"{folder}/{name}.tflite", num_threads=1)
-        self.encoder, self.decoder = make("soundstream_encoder"), make("lyragan")
+        self.load = lambda name: Interpreter(f"{folder}/{name}.tflite", num_threads=1)
         self.own = torch.from_numpy(np.load(f"{folder}/codebooks.npy"))     # (46, 16, 64)
 
-    def run(self, model, rows):
-        """A stateful network, row by row from silence: (T, n) -> (T, m)."""
+    def run(self, name, rows):
+        """A stateful network, row by row from silence: (T, n) -> (T, m). Loaded anew for each utterance:
+        after reset_all_variables it still remembers the one before."""
+        model = self.load(name)
         model.allocate_tensors()
-        model.reset_all_variables()
         source, target = model.get_input_details()[0], model.get_output_details()[0]
         out = []
         for row in rows:
@@ -124,11 +124,12 @@ class Lyra:
     def features(self, wav):
         """wav (n,) at 16 kHz -> (T, 64), T = ceil(n / HOP)."""
         T = -(-len(wav) // HOP)
-        return torch.from_numpy(self.run(self.encoder, np.pad(wav, (0, T * HOP - len(wav))).reshape(T, HOP)))
+        frames = np.pad(wav, (0, T * HOP - len(wav))).reshape(T, HOP)
+        return torch.from_numpy(self.run("soundstream_encoder", frames))
 
     def sound(self, features):
         """(T, 64) -> wav (T * HOP,)."""
-        return self.run(self.decoder, features.numpy().astype(np.float32)).flatten()
+        return self.run("lyragan", features.numpy().astype(np.float32)).flatten()
 
 
 def quantise(x, books):
