@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import Dataset
-from prepare import copy_folder, write_file, write_shard
+from prepare import SHARD_FILES, copy_folder, write_file, write_shard
 from tokenize_text import TextTokenizer
 
 SKIP = 4.0                  # cost, in nats, of a letter without a frame
@@ -143,7 +143,7 @@ def cut(dataset, folder, places, n_word, seed=0):
         about = json.load(f)
     for split in ("seen", "unseen"):
         for name in about["splits"][split]["shards"]:
-            for part in ("json", "codes.npy", "text.npy", "index.npy"):
+            for part in SHARD_FILES:
                 shutil.copy(f"{old}/{name}.{part}", f"{folder}/{name}.{part}")
     shutil.copy(f"{old}/align.npz", f"{folder}/align.npz")
     write_shard(folder, "train-00000", codes, texts, index, kept, [], dataset.vocab.n_stream)

@@ -202,15 +202,20 @@ def read_tensors(folder, tensors):
         dcp.load(tensors, storage_reader=reader, no_dist=True)      # each worker reads its own parts
 
 
+def make_state(optimizer):
+    """A step with gradients and rates of 0 gives an optimizer its state, all zeros."""
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def resume(folder, model, optimizers, rank):
     """Make a run what it was when `folder` was written, on any number of workers. Returns its state."""
-    for optimizer in optimizers:            # a step with gradients and rates of 0 makes the state, all zeros
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-            for p in group["params"]:
-                p.grad = torch.zeros_like(p)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        make_state(optimizer)
     state = read_state(folder)
     tensors = training_tensors(model, optimizers, rank)
     random = tensors[f"random.{rank}"]

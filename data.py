@@ -27,6 +27,7 @@ from interleave import (
     text_frames,
     training_rows,
 )
+from prepare import SHARD_FILES
 
 SHARD_VERSION = 2
 FILL = 0.97                 # of a batch is drawn before packing: most draws then fit whole
@@ -50,8 +51,7 @@ class Dataset:
         self.info = {field: [] for field in ("id", "text", "speaker", "audio")}    # for evaluation and people
         for number, name in enumerate(meta["splits"][split]["shards"]):
             path = f"{folder}/{name}"
-            lost = [part for part in ("json", "codes.npy", "text.npy", "index.npy")
-                    if not os.path.exists(f"{path}.{part}")]
+            lost = [part for part in SHARD_FILES if not os.path.exists(f"{path}.{part}")]
             if lost:
                 raise ValueError(f"{path}.{lost[0]} is gone: run prepare.py again")
             with open(f"{path}.json") as f:

@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from prepare import read_manifest
+from prepare import read_manifest, write_file
 from pretrained import VERSION, Lyra, NeuralCodec, SpeechEncoder
 from tokenize_audio import kmeans, load_audio, nearest
 
@@ -107,17 +107,11 @@ def collect(folder, paths, features, n_frame, say=print):
             state = {"files": i + 1, "rows": state["rows"] + len(x), "width": x.shape[1]}
             if i % 20 == 19:
                 f.flush()
-                write_json(progress, state)
-    write_json(progress, state)
+                write_file(progress, json.dumps(state))
+    write_file(progress, json.dumps(state))
     if not state["rows"]:
         raise ValueError("no audio of the manifest could be read")
     return np.memmap(data, np.float16, "r", shape=(state["rows"], state["width"]))
-
-
-def write_json(path, content):
-    with open(path + ".tmp", "w") as f:
-        json.dump(content, f, indent=1)
-    os.replace(path + ".tmp", path)
 
 
 def add_part(folder, part, about, arrays):
@@ -131,7 +125,7 @@ def add_part(folder, part, about, arrays):
     tensors |= {name: array.contiguous().numpy() for name, array in arrays.items()}
     save_file(tensors, books + ".tmp")
     os.replace(books + ".tmp", books)
-    write_json(path, whole | {part: about})
+    write_file(path, json.dumps(whole | {part: about}, indent=1))
 
 
 def main(arguments):

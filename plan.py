@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from checkpoint import make_state
 from config import load_config
 from heads import LinearCrossEntropy
 from interleave import Vocab
@@ -54,10 +55,7 @@ def build(config, vocab, mesh, dtype):
     model.attend, model.checkpointing = attend_causal, config.checkpointing
     shard(model, mesh).to_empty(device="cpu")
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, foreach=False)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step()                        # makes the moments
-    optimizer.zero_grad()
+    make_state(optimizer)
     return model, optimizer
 
 

@@ -40,6 +40,7 @@ from tokenize_text import KINDS, TextTokenizer, make_text_tokenizer
 VERSION = 2
 SHARDS, UTTERANCES = 64, (50, 1000)     # a split has about so many shards, if those hold so many utterances
 SPLITS = ("train", "seen", "unseen")
+SHARD_FILES = ("json", "codes.npy", "text.npy", "index.npy")
 AUDIO_FILES = ("audio_tokenizer.json", "codebooks.safetensors")
 MIN_RMS = 1e-4              # quieter than this is silence
 
@@ -93,8 +94,7 @@ def checksum(path):
 
 
 def has_shard(folder, name):
-    parts = ("json", "codes.npy", "text.npy", "index.npy")
-    return all(os.path.exists(f"{folder}/{name}.{part}") for part in parts)
+    return all(os.path.exists(f"{folder}/{name}.{part}") for part in SHARD_FILES)
 
 
 def is_prepared(folder):

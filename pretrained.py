@@ -16,7 +16,7 @@ import soxr
 import torch
 from safetensors.numpy import load_file, save_file
 
-from tokenize_audio import HOP, SAMPLE_RATE, nearest, to_mono_16k
+from tokenize_audio import HOP, SAMPLE_RATE, nearest, quantise, to_mono_16k
 from tokenize_text import find_folder
 
 VERSION = 1
@@ -130,15 +130,6 @@ class Lyra:
     def sound(self, features):
         """(T, 64) -> wav (T * HOP,)."""
         return self.run("lyragan", features.numpy().astype(np.float32)).flatten()
-
-
-def quantise(x, books):
-    """Residual vector quantisation: x (T, C), books (levels, K, C) -> codes (T, levels)."""
-    codes = []
-    for book in books:
-        codes.append(nearest(x, book))
-        x = x - book[codes[-1]]
-    return torch.stack(codes, 1)
 
 
 class NeuralCodec:

@@ -122,6 +122,15 @@ def nearest(x, centroids):
     return torch.cat([distances(piece, centroids).argmin(1) for piece in x.split(1024)])
 
 
+def quantise(x, books):
+    """Residual vector quantisation: x (T, C), books (levels, K, C) -> codes (T, levels)."""
+    codes = []
+    for book in books:
+        codes.append(nearest(x, book))
+        x = x - book[codes[-1]]
+    return torch.stack(codes, 1)
+
+
 def kmeans(x, n_cluster, generator, n_iter=12):
     """x (M, C) -> centroids (K, C) by Lloyd's algorithm; a cluster that dies restarts at a random point."""
     if len(x) < n_cluster:
@@ -225,12 +234,9 @@ class Tokenizer:
         mel = log_mel(to_mono_16k(wav, sr))
         a = self.arrays
         cost = distances(contextual(mel, a["mean"], a["std"]) @ a["projection"], a["semantic"])
-        codes = [smooth_path(cost.numpy(), self.switch_penalty)]
-        for level in a["acoustic"]:
-            code = nearest(mel, level)
-            mel = mel - level[code]
-            codes.append(code.numpy())
-        return np.stack(codes, 1).astype(np.int16)                          # (T, N)
+        semantic = smooth_path(cost.numpy(), self.switch_penalty)           # (T,)
+        acoustic = quantise(mel, a["acoustic"]).numpy()                     # (T, levels)
+        return np.concatenate([semantic[:, None], acoustic], 1).astype(np.int16)            # (T, N)
 
     def decode(self, codes, n_iter=32):
         """codes (T, N) -> wav (T * HOP,) float32 at 16 kHz. Semantic codes are skipped: they do not sound."""

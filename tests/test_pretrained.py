@@ -9,8 +9,8 @@ import torch
 from conftest import ROOT, run_here, shared_folder
 
 from fit import fit_clusters
-from pretrained import NeuralCodec, SpeechEncoder, quantise, windows
-from tokenize_audio import Tokenizer, load_audio
+from pretrained import NeuralCodec, SpeechEncoder, windows
+from tokenize_audio import Tokenizer, load_audio, quantise
 
 transformers = pytest.importorskip("transformers")
 
