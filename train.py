@@ -95,7 +95,8 @@ def check_start(config):
 
 
 def check(config, dataset, world, going_on=False):
-    """Whatever can be wrong with a run, found before its workers start; ValueError says what to change."""
+    """Whatever can be wrong with a run, found before its workers start; ValueError says what to change.
+    Returns what fills a model from `init_from`, if that is where it starts."""
     if config.batch_rows % (world * config.grad_accum):
         raise ValueError(f"batch_rows={config.batch_rows} can't be shared by {world} workers "
                          f"x grad_accum={config.grad_accum}")
@@ -107,7 +108,8 @@ def check(config, dataset, world, going_on=False):
     if config.track and not importlib.util.find_spec(config.track):
         raise ValueError(f"track={config.track!r} is not installed: pip install {config.track}")
     if config.init_from and not going_on:
-        starting_weights(config, dataset.vocab, dataset.folder)
+        return starting_weights(config, dataset.vocab, dataset.folder)
+    return None
 
 
 def counts(batch, config, c):
@@ -140,7 +142,7 @@ def train(config, folder, going_on=False):
         raise ValueError(occupied(config.out_dir) if not going_on else
                          f"no checkpoint in {config.out_dir} is whole: delete them to start again")
     dataset.vocab = seen.vocab = starting_vocab(found or config.init_from, dataset.vocab)
-    check(config, dataset, world, found)
+    fill_start = check(config, dataset, world, found)
     loader, held_out = make_loader(config, dataset), make_loader(config, seen) if len(seen) else None
 
     # the model: made without memory, shared out over the workers, then filled
@@ -156,8 +158,8 @@ def train(config, folder, going_on=False):
         say(f"resuming {found}{changes(read_config(f'{found}/config.json'), config)}")
         was = resume(found, model, optimizers, rank)
         state = {name: was[name] for name in state}
-    elif config.init_from:
-        starting_weights(config, dataset.vocab, folder)(model)
+    elif fill_start:
+        fill_start(model)
         say(f"weights of {config.init_from}")
     else:
         generator = torch.Generator(device).manual_seed(config.seed)
