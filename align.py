@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import Dataset
-from prepare import SHARD_FILES, copy_folder, write_file, write_shard
+from shards import SHARD_FILES, copy_folder, write_file, write_shard
 from tokenize_text import TextTokenizer
 
 SKIP = 4.0                  # cost, in nats, of a letter without a frame

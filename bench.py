@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from config import load_config
-from data import SHARD_VERSION, Dataset, Loader
+from data import Dataset, Loader
 from decode import prepare_for_decoding, steps
 from heads import weighted_loss
 from interleave import SPEECH, Vocab, speech_frames, text_frames
@@ -45,6 +45,7 @@ from parallel import (
     prepare_for_speed,
     training_flops,
 )
+from shards import VERSION
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 VOCAB = Vocab(5000, 1024, 8, 49152)
@@ -251,7 +252,7 @@ def random_dataset(folder, lengths, seed=0):
     with open(f"{folder}/train-00000.json", "w") as f:
         json.dump(names, f)
     with open(f"{folder}/dataset.json", "w") as f:
-        json.dump({"version": SHARD_VERSION, "sizes": asdict(VOCAB), "splits": {"train": {
+        json.dump({"version": VERSION, "sizes": asdict(VOCAB), "splits": {"train": {
             "shards": ["train-00000"]}}}, f)
     return Dataset(folder, "train")
 

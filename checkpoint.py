@@ -19,7 +19,6 @@ import os
 import re
 import shutil
 import warnings
-import zlib
 
 import numpy as np
 import torch
@@ -40,6 +39,7 @@ from convert import (
 from interleave import Vocab
 from model import misfits, some
 from parallel import compute_dtype, meta_model, put, total
+from shards import checksum
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")      # one process needs no group
 
@@ -57,15 +57,6 @@ def newest(folder):
         return folder
     found = checkpoints(folder)
     return found[-1] if found else None
-
-
-def checksum(path):
-    """(length, crc32) of a file."""
-    crc, n = 0, 0
-    with open(path, "rb") as f:
-        while piece := f.read(2 ** 24):
-            crc, n = zlib.crc32(piece, crc), n + len(piece)
-    return [n, crc]
 
 
 def damage(folder, share=slice(None)):

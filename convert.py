@@ -101,7 +101,8 @@ def base_weights(folder, config, vocab, seed, said=None):
 
     said (n_semantic, n_text): share of each text token in what is said while a semantic token is active
     (align.py). A semantic row of emb is then the mean of those text rows, at the table's spread, with half
-    as much noise: the LLM understands something of speech before it has seen any.
+    as much noise: the LLM understands something of speech before it has seen any. Acoustic rows start at
+    zero then: eight random ones would drown the semantic row in a frame's sum.
     """
     body = read_body(folder)
     wrong = [f"{name} is {body[name]} there, {getattr(config, name)} here" for name in HF_FIELDS
@@ -134,6 +135,8 @@ def base_weights(folder, config, vocab, seed, said=None):
             heard = torch.from_numpy(said) @ text                           # (n_semantic, D)
             start, end = config.streams[0]
             rows[start:end] = heard * (text.std() / heard.std()) + 0.5 * rows[start:end]
+            for start, end in config.streams[1:]:
+                rows[start:end] = 0
         rows[slice(*config.text)] = text
         rows[0] = 0             # pad: adds nothing to a frame's sum, and is never predicted
         return rows

@@ -1,20 +1,129 @@
-"""Corpora: speech corpora as they are downloaded -> a manifest for prepare.py.
+"""Corpora: what is to be read, said and learned, as a manifest: one row an utterance.
 
-Helper, outside the reading order:
+Helper of prepare.py. A manifest is a table with a header, tab-separated or jsonl, with the fields
+  id, audio, text, speaker     audio is a path, relative to the manifest; speech alone has "-" for its text,
+                               text alone has "-" for its audio
+  split                        if you like: train, seen (evaluation, known speakers) or unseen (evaluation,
+                               new speakers). Without it one utterance in 50 is held out as seen.
+Corpora as they are downloaded become a manifest by
   python corpora.py manifest.tsv librispeech:train:/data/LibriSpeech/train-clean-100 \
-      librispeech:unseen:/data/LibriSpeech/dev-clean vctk:train:/data/VCTK
-Each argument is LAYOUT:SPLIT:FOLDER, split being train, seen or unseen (see prepare.py).
+      librispeech:unseen:/data/LibriSpeech/dev-clean vctk:train:/data/VCTK text:train:/data/books
+Each argument is LAYOUT:SPLIT:FOLDER.
 """
 import csv
 import glob
 import json
 import os
 import sys
+import zlib
+from array import array
+from copy import copy
+from itertools import chain
 
-from prepare import read_manifest
+import numpy as np
 
+FIELDS, SPLITS = ("id", "audio", "text", "speaker"), ("train", "seen", "unseen")
 AUDIO = (".flac", ".wav", ".opus", ".ogg", ".mp3")
+TEXT = (".txt", ".jsonl", ".parquet")
+PASSAGE = 300           # words: longer texts are cut, so that each fits into a row of a batch
 
+
+# ---- manifests ---------------------------------------------------------------------------------------------
+
+class Manifest:
+    """The usable rows of a manifest. They stay on disk: in memory are some 20 bytes of each, and the rejects.
+
+    split (M,) int8, a place in SPLITS; speakers: their names; rejects: [(id, reason)].
+    """
+
+    def __init__(self, path):
+        if not os.path.isfile(path):
+            raise ValueError(f"{path}: no such manifest (tsv or jsonl)")
+        self.path, self.base, self.header = path, os.path.dirname(os.path.abspath(path)), None
+        offsets, splits, hashes, speakers, self.rejects = array("q"), array("b"), array("q"), set(), []
+        with open(path, "rb") as f:
+            if not path.endswith(".jsonl"):
+                self.header = f.readline().decode("utf-8", "replace").rstrip("\r\n").split("\t")
+                missing = [field for field in FIELDS if field not in self.header]
+                if missing:
+                    raise ValueError(f"{path}: its header lacks {', '.join(missing)}; a manifest has the "
+                                     "fields id, audio, text, speaker and perhaps split, separated by tabs")
+            offset, number = f.tell(), 1 if self.header else 0
+            for line in f:
+                number += 1
+                try:
+                    row = self.parse(line)
+                except ValueError as problem:
+                    known = len(problem.args) == 2
+                    self.rejects.append(problem.args if known else (f"line {number}", str(problem)))
+                else:
+                    if row:
+                        offsets.append(offset)
+                        splits.append(SPLITS.index(row["split"]))
+                        hashes.append(hash(row["id"]))
+                        speakers.add(row["speaker"])
+                offset += len(line)
+        self.offsets, self.split = np.array(offsets, np.int64), np.array(splits, np.int8)
+        self.speakers, hashes = sorted(speakers), np.array(hashes, np.int64)
+        order = np.argsort(hashes, kind="stable")
+        again = np.sort(order[1:][hashes[order[1:]] == hashes[order[:-1]]])
+        self.rejects += [(row["id"], "duplicate id") for row in self.rows(again)]
+        self.offsets, self.split = np.delete(self.offsets, again), np.delete(self.split, again)
+
+    def parse(self, line):
+        """A line -> dict with FIELDS and split; audio is a full path, "" where there is none; None for an
+        empty line. ValueError(reason) or ValueError(id, reason)."""
+        try:
+            line = line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError:
+            raise ValueError("not UTF-8") from None
+        if not line.strip():
+            return None
+        if self.header:
+            values = line.split("\t")
+            if len(values) != len(self.header):
+                raise ValueError(f"{len(values)} fields, the header has {len(self.header)}")
+            raw = dict(zip(self.header, values))
+        else:
+            try:
+                raw = json.loads(line)
+            except ValueError:
+                raise ValueError("not JSON") from None
+            missing = [field for field in FIELDS if not isinstance(raw, dict) or raw.get(field) is None]
+            if missing:
+                raise ValueError(f"lacks {', '.join(missing)}")
+        row = {field: str(raw[field]).strip() for field in FIELDS}
+        row["split"] = raw.get("split") or ("seen" if zlib.crc32(row["id"].encode()) % 50 == 0 else "train")
+        for field in ("id", "audio", "text"):
+            if not row[field]:
+                raise ValueError(row["id"] or line[:40], f"empty {field}")
+        if row["split"] not in SPLITS:
+            raise ValueError(row["id"], f"split {row['split']!r}: we know {', '.join(SPLITS)}")
+        row["text"] = "" if row["text"] == "-" else row["text"]
+        row["audio"] = "" if row["audio"] == "-" else os.path.join(self.base, row["audio"])
+        if not row["text"] and not row["audio"]:
+            raise ValueError(row["id"], "neither audio nor text")
+        return row
+
+    def numbers(self, split):
+        """Row numbers of a split."""
+        return np.flatnonzero(self.split == SPLITS.index(split))
+
+    def only(self, numbers):
+        """Those rows as a small manifest, for another process."""
+        part = copy(self)
+        part.offsets, part.split, part.speakers, part.rejects = self.offsets[numbers], None, None, None
+        return part
+
+    def rows(self, numbers):
+        """Those rows, one after the other."""
+        with open(self.path, "rb") as f:
+            for number in numbers:
+                f.seek(self.offsets[number])
+                yield self.parse(f.readline())
+
+
+# ---- layouts -----------------------------------------------------------------------------------------------
 
 def lines(path):
     with open(path, encoding="utf-8") as f:
@@ -100,46 +209,97 @@ def kaldi(folder):
         yield name, audio.strip(), text.strip(), speaker.strip()
 
 
+def speech(folder):
+    """Audio files without transcripts; whoever speaks, each is taken for a speaker of its own."""
+    for name, path in audio_files(folder).items():
+        yield name, path, "-", name
+
+
+def text(path):
+    """Text alone, a file or all in a folder: .txt (documents between empty lines, or else one a line), .jsonl
+    and .parquet with a field or column `text`. Documents are cut into passages of 300 words."""
+    paths = [path] if os.path.isfile(path) else sorted(glob.glob(f"{path}/**/*", recursive=True))
+    for path in paths:
+        if path.endswith(TEXT):
+            name = os.path.splitext(os.path.basename(path))[0]
+            for number, document in enumerate(documents(path)):
+                words = document.split()
+                for start in range(0, len(words), PASSAGE):
+                    yield f"{name}-{number}-{start}", "-", " ".join(words[start:start + PASSAGE]), "-"
+
+
+def documents(path):
+    """The texts in a .txt, .jsonl or .parquet file."""
+    if path.endswith(".parquet"):
+        try:
+            from pyarrow.parquet import ParquetFile
+        except ImportError:
+            raise ValueError(f"{path}: to read parquet, pip install pyarrow") from None
+        for batch in ParquetFile(path).iter_batches(1000, columns=["text"]):
+            yield from batch.column("text").to_pylist()
+        return
+    with open(path, encoding="utf-8", errors="replace") as f:
+        if path.endswith(".jsonl"):
+            yield from (json.loads(line)["text"] for line in f if line.strip())
+            return
+        separate = any(not line.strip() for line in f)
+        f.seek(0)
+        block = []
+        for line in chain(f, [""]):
+            if block and not (separate and line.strip()):
+                yield "".join(block)
+                block = []
+            if line.strip():
+                block.append(line)
+
+
 def manifest(path):
     """A manifest with id, audio, text, speaker, to join with others; its file is named, not a folder."""
-    for row in read_manifest(path)[0]:
-        yield row["id"], row["audio"], row["text"], row["speaker"]
+    found = Manifest(path)
+    for row in found.rows(range(len(found.offsets))):
+        yield row["id"], row["audio"] or "-", row["text"] or "-", row["speaker"]
 
 
 LAYOUTS = {f.__name__: f for f in (manifest, librispeech, libritts, vctk, mls, fleurs, ljspeech, commonvoice,
-                                   kaldi)}
+                                   kaldi, speech, text)}
 
 
 def read_corpus(description):
-    """"layout:split:folder" -> rows of a manifest."""
+    """"layout:split:folder" -> generator of the rows of a manifest."""
     layout, split, folder = (description.split(":", 2) + ["", ""])[:3]
-    if layout not in LAYOUTS or split not in ("train", "seen", "unseen"):
+    if layout not in LAYOUTS or split not in SPLITS:
         raise ValueError(f"{description!r} is not LAYOUT:SPLIT:FOLDER; layouts are {', '.join(LAYOUTS)}, "
-                         "splits train, seen, unseen")
+                         f"splits {', '.join(SPLITS)}")
     if not os.path.exists(folder):
         raise ValueError(f"{folder}: no such folder")
+    n = 0
     try:
-        rows = [{"id": name, "audio": os.path.abspath(path), "text": " ".join(text.split()),
-                 "speaker": speaker, "split": split} for name, path, text, speaker in LAYOUTS[layout](folder)]
-    except (OSError, StopIteration, KeyError, IndexError):
-        rows = []
-    if not rows:
+        for name, path, words, speaker in LAYOUTS[layout](folder):
+            n += 1
+            yield {"id": name, "audio": path if path == "-" else os.path.abspath(path),
+                   "text": " ".join(words.split()), "speaker": speaker, "split": split}
+    except (OSError, StopIteration, KeyError, IndexError, RuntimeError) as problem:
+        if n:
+            raise ValueError(f"{folder}: after {n} rows: {problem}") from None
+    if not n:
         raise ValueError(f"{folder} does not look like {layout}: {LAYOUTS[layout].__doc__}")
-    return rows
 
 
 def main(arguments):
     if len(arguments) < 2 or arguments[0].startswith("-"):
         raise ValueError(__doc__)
     path, *descriptions = arguments
-    rows = [row for description in descriptions for row in read_corpus(description)]
+    n, speakers = 0, set()
     with open(path + ".tmp", "w", encoding="utf-8") as f:
-        if path.endswith(".jsonl"):
-            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        else:
-            f.writelines("\t".join(fields) + "\n" for fields in [rows[0], *(row.values() for row in rows)])
+        for row in chain.from_iterable(map(read_corpus, descriptions)):
+            if n == 0 and not path.endswith(".jsonl"):
+                f.write("\t".join(row) + "\n")
+            f.write((json.dumps(row, ensure_ascii=False) if path.endswith(".jsonl") else
+                     "\t".join(row.values())) + "\n")
+            n += 1
+            speakers.add(row["speaker"])
     os.replace(path + ".tmp", path)
-    print(f"{path}: {len(rows)} utterances, {len({row['speaker'] for row in rows})} speakers")
+    print(f"{path}: {n} utterances, {len(speakers)} speakers")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ Documents never attend to each other (model.py gets their lengths), and their fi
 """
 import json
 import os
-import zlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -27,9 +27,8 @@ from interleave import (
     text_frames,
     training_rows,
 )
-from prepare import SHARD_FILES
+from shards import SHARD_FILES, VERSION, check_shards
 
-SHARD_VERSION = 2
 FILL = 0.97                 # of a batch is drawn before packing: most draws then fit whole
 
 
@@ -42,39 +41,45 @@ class Dataset:
             raise ValueError(f"{folder} is not a finished dataset: run prepare.py first")
         with open(f"{folder}/dataset.json") as f:
             meta = json.load(f)
-        if meta["version"] != SHARD_VERSION:
-            raise ValueError(f"{folder} has data version {meta['version']}, we read {SHARD_VERSION}: "
+        if meta["version"] != VERSION:
+            raise ValueError(f"{folder} has data version {meta['version']}, we read {VERSION}: "
                              "run prepare.py again")
         self.folder = folder
         self.vocab, self.columns = Vocab(**meta["sizes"]).only(token_streams)
         self.codes, self.text, index, shard = [], [], [], []
-        self.info = {field: [] for field in ("id", "text", "speaker", "audio")}    # for evaluation and people
-        for number, name in enumerate(meta["splits"][split]["shards"]):
+        self.shards = meta["splits"][split]["shards"]
+        for number, name in enumerate(self.shards):
             path = f"{folder}/{name}"
             lost = [part for part in SHARD_FILES if not os.path.exists(f"{path}.{part}")]
             if lost:
                 raise ValueError(f"{path}.{lost[0]} is gone: run prepare.py again")
-            with open(f"{path}.json") as f:
-                shard_meta = json.load(f)
-            if verify:
-                for part, expected in shard_meta["crc32"].items():
-                    with open(f"{path}.{part}.npy", "rb") as f:
-                        if zlib.crc32(f.read()) != expected:
-                            raise ValueError(f"{path}.{part}.npy is damaged: "
-                                             f"delete {path}.json and run prepare.py again")
-            self.codes.append(np.load(f"{path}.codes.npy", mmap_mode="r"))
-            self.text.append(np.load(f"{path}.text.npy", mmap_mode="r"))
-            index.append(np.load(f"{path}.index.npy"))
-            shard += [number] * len(index[-1])
-            for field, values in self.info.items():
-                values += shard_meta[field]
+            try:
+                self.codes.append(np.load(f"{path}.codes.npy", mmap_mode="r"))
+                self.text.append(np.load(f"{path}.text.npy", mmap_mode="r"))
+                index.append(np.load(f"{path}.index.npy"))
+            except (ValueError, EOFError):          # numpy finds it too short for what its header says
+                raise ValueError(f"a file of {path} is damaged: delete {path}.json and run prepare.py "
+                                 "again") from None
+            shard.append(np.full(len(index[-1]), number, np.int32))
+        if verify:
+            check_shards(folder, self.shards)
         self.index = np.concatenate(index) if index else np.zeros((0, 5), np.int64)
-        self.shard = np.array(shard, np.int64)
-        self.by_speaker, self.place = {}, np.zeros(len(self.index), np.int64)
-        for i, speaker in enumerate(self.index[:, 4].tolist()):
-            group = self.by_speaker.setdefault(speaker, [])
-            self.place[i] = len(group)                  # where utterance i stands among its speaker's
-            group.append(i)
+        self.shard = np.concatenate(shard) if shard else np.zeros(0, np.int32)
+        spoken = np.flatnonzero(self.index[:, 1])       # all but text alone
+        self.by_speaker = spoken[np.argsort(self.index[spoken, 4], kind="stable")]
+        self.speakers = self.index[self.by_speaker, 4]
+
+    @cached_property
+    def info(self):
+        """{id, text, speaker, audio: one for each utterance}, for evaluation and people; training has no use
+        for it, and for millions of utterances it is long."""
+        found = {field: [] for field in ("id", "text", "speaker", "audio")}
+        for name in self.shards:
+            with open(f"{self.folder}/{name}.json") as f:
+                about = json.load(f)
+            for field, values in found.items():
+                values += about[field]
+        return found
 
     def __len__(self):
         return len(self.index)
@@ -91,10 +96,11 @@ class Dataset:
         One draw among the others, never a search that could go on for ever; a speaker with a single utterance
         prompts itself.
         """
-        group = self.by_speaker[int(self.index[i, 4])]
+        speaker = self.index[i, 4]
+        group = self.by_speaker[slice(*np.searchsorted(self.speakers, [speaker, speaker + 1]))]
         if len(group) > 1:
             j = int(rng.integers(len(group) - 1))
-            i = group[j + (j >= self.place[i])]         # skip over i itself
+            i = int(group[j + (j >= np.searchsorted(group, i))])        # skip over i itself
         codes = self[i][0]
         start = int(rng.integers(max(len(codes) - n_frame, 0) + 1))
         return codes[start:start + n_frame]
@@ -127,6 +133,15 @@ class Loader:
                                  f"interleave.py has {', '.join(TASKS)}")
         self.dataset, self.vocab = dataset, dataset.vocab
         self.tasks = [task for task, weight in mixture.items() if weight > 0]
+        spoken, written = dataset.index[:, 1] > 0, dataset.index[:, 3] > 0
+        self.pool = {}              # {task: utterances that have what it needs}
+        for task in self.tasks:
+            needs = {segment.of for segment in TASKS[task][1]}
+            fit = (spoken | (needs == {"text"})) & (written | ("text" not in needs))
+            self.pool[task] = np.flatnonzero(fit)
+            if len(dataset) and not fit.any():
+                raise ValueError(f"the mixture has {task!r}, but no utterance of {dataset.folder} has what "
+                                 f"it needs: {' and '.join(sorted(needs))}")
         share = np.array([mixture[task] for task in self.tasks], float)
         self.share = np.cumsum(share / share.sum())
         self.n_row, self.row_frames, self.prompt_len, self.seed = n_row, row_frames, prompt_len, seed
@@ -148,7 +163,7 @@ class Loader:
         drawn, total, capacity = [], 0, FILL * self.n_row * self.row_frames
         while True:
             task = self.tasks[np.searchsorted(self.share[:-1], rng.random(), side="right")]
-            i = int(rng.integers(len(self.dataset)))
+            i = int(self.pool[task][rng.integers(len(self.pool[task]))])
             length = self.length(task, i)
             if length > self.row_frames:
                 name = self.dataset.info["id"][i]

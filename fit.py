@@ -11,8 +11,9 @@ import torch
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from prepare import read_manifest, write_file
+from corpora import Manifest
 from pretrained import VERSION, Lyra, NeuralCodec, SpeechEncoder
+from shards import write_file
 from tokenize_audio import kmeans, load_audio, nearest
 
 
@@ -96,7 +97,9 @@ def collect(folder, paths, features, n_frame, say=print):
         f.truncate(state["rows"] * state["width"] * 2)
         f.seek(0, os.SEEK_END)
         for i, path in enumerate(tqdm(paths, "features", mininterval=2, unit="file")):
-            if i < state["files"] or state["rows"] >= n_frame:
+            if state["rows"] >= n_frame:
+                break
+            if i < state["files"]:
                 continue
             try:
                 x = features(load_audio(path)).numpy().astype(np.float16)   # (T, C)
@@ -144,8 +147,9 @@ def main(arguments):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
-    rows = [row["audio"] for row in read_manifest(args.manifest)[0] if row["split"] == "train"]
-    paths = [rows[i] for i in np.random.default_rng(args.seed).permutation(len(rows))]
+    manifest = Manifest(args.manifest)
+    order = np.random.default_rng(args.seed).permutation(manifest.numbers("train"))
+    paths = (row["audio"] for row in manifest.rows(order) if row["audio"])
     work = f"{args.folder}/{args.what}"                                     # can be deleted afterwards
     os.makedirs(work, exist_ok=True)
     if args.what == "fit-semantic":

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 
-from prepare import write_file
+from shards import write_file
 
 
 def memory_of_family(root):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from config import save_config
 from heads import mean_losses
 from parallel import local, peak_memory, total
-from prepare import write_file
+from shards import write_file
 
 
 class Log:

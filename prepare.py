@@ -3,46 +3,39 @@
 Sixth file of the reading order. The embedded corpus, and any other by its manifest:
   python prepare.py --corpus=numbers
   python prepare.py --corpus=my/manifest.tsv --text_model=bpe --text_vocab=2000
-A manifest is tab-separated with a header, or jsonl, with the fields id, audio (a path, relative to the
-manifest), text, speaker, and, if you like, split: train, seen (evaluation, known speakers) or unseen
-(evaluation, new speakers). Without a split column one utterance in 50 is held out as seen.
+What a manifest is stands in corpora.py, what a prepared folder holds in shards.py. The folder is named by a
+hash of all that shaped it, so that a trial run is never taken for the real one. Killed, it goes on.
 
-The folder is named by a hash of all that shaped it, so that a trial run is never taken for the real one:
-  data/numbers-1a2b3c4d/
-    dataset.json             written last: version, settings, sizes, shards of each split, hours, rejects
-    rejects.tsv              id and reason of every utterance that was left out
-    audio_tokenizer/, text_tokenizer/    fitted on the training utterances, or copied from a base LLM
-    train-00000-of-00064     a shard of the split, in four files:
-      .codes.npy             (frames, N) int16: raw codes of all its utterances, one after the other
-      .text.npy              (text tokens,) int32: their text ids
-      .index.npy             (utterances, 5) int64: first frame, frames, first text id, text ids, speaker
-      .json                  written last: version, counts, CRC-32 of the arrays, ids, texts, speakers, audio
+Big corpora go over several machines that share a disk, each making its share of the shards: torchrun, or
+--part=3/16 for the fourth of 16. Whoever ends last sums up. Pretrained tokenizers use a GPU (--device).
 """
-import csv
 import hashlib
-import io
 import json
 import multiprocessing
 import os
-import shutil
+import socket
 import sys
 import threading
 import time
-import zlib
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from corpora import SPLITS, Manifest
+from shards import VERSION, card, checksum, copy_folder, has_shard, is_prepared, write_file, write_shard
 from tokenize_audio import Tokenizer, fit_tokenizer, load_audio
 from tokenize_text import KINDS, TextTokenizer, make_text_tokenizer
 
-VERSION = 2
-SHARDS, UTTERANCES = 64, (50, 1000)     # a split has about so many shards, if those hold so many utterances
-SPLITS = ("train", "seen", "unseen")
-SHARD_FILES = ("json", "codes.npy", "text.npy", "index.npy")
+SHARDS, UTTERANCES = 64, (50, 10_000)   # a split has about so many shards, if those hold so many utterances
 AUDIO_FILES = ("audio_tokenizer.json", "codebooks.safetensors")
 MIN_RMS = 1e-4              # quieter than this is silence
+CLIPPED = 0.01              # share of samples at full scale
+LETTERS_S = 50              # letters a second: nobody speaks so fast, the text is another's
+FIT_TEXTS = 200_000         # a text tokenizer of our own is trained on at most so many
+TOGETHER = 64               # utterances that a tokenizer gets at once
 
 SETTINGS = dict(            # all that shapes the data; train.py's Config has the same names
     corpus="numbers",       # "numbers" or the path of a manifest
@@ -69,13 +62,20 @@ def data_folder(root, settings):
     content |= {"lower": True} if settings["lower"] else {}
     if settings["audio_tokenizer"]:
         tokenizer = settings["audio_tokenizer"]
-        content["audio_tokenizer"] = [checksum(f"{tokenizer}/{name}") for name in AUDIO_FILES]
+        missing = [name for name in AUDIO_FILES if not os.path.isfile(f"{tokenizer}/{name}")]
+        if missing:
+            raise ValueError(f"{tokenizer}/{missing[0]} is missing: fit the tokenizer first "
+                             "(tokenize_audio.py)")
+        content["audio_tokenizer"] = [checksum(f"{tokenizer}/{name}")[1] for name in AUDIO_FILES]
     name = settings["corpus"]
     if name != "numbers":
         if not os.path.isfile(name):
             raise ValueError(f"corpus {name!r} is neither 'numbers' nor a manifest file (tsv or jsonl)")
+        digest = hashlib.sha256()
         with open(name, "rb") as f:
-            content["manifest"] = hashlib.sha256(f.read()).hexdigest()
+            while block := f.read(1 << 20):
+                digest.update(block)
+        content["manifest"] = digest.hexdigest()
         name = os.path.splitext(os.path.basename(name))[0]
         content["corpus"] = name
     if settings["text_model"] not in KINDS:
@@ -86,93 +86,32 @@ def data_folder(root, settings):
     return os.path.join(root, f"{name}-{digest}")
 
 
-def checksum(path):
-    if not os.path.isfile(path):
-        raise ValueError(f"{path} is missing: fit the tokenizer first (tokenize_audio.py)")
-    with open(path, "rb") as f:
-        return zlib.crc32(f.read())
-
-
-def has_shard(folder, name):
-    return all(os.path.exists(f"{folder}/{name}.{part}") for part in SHARD_FILES)
-
-
-def is_prepared(folder):
-    """Is the data there, with all shards that it should have?"""
-    if not os.path.exists(f"{folder}/dataset.json"):
-        return False
-    with open(f"{folder}/dataset.json") as f:
-        splits = json.load(f)["splits"].values()
-    return all(has_shard(folder, name) for split in splits for name in split["shards"])
-
-
-def write_file(path, data):
-    """Write bytes or text beside and rename: a file under its final name is always whole."""
-    with open(path + ".tmp", "wb") as f:
-        f.write(data.encode() if isinstance(data, str) else data)
-    os.replace(path + ".tmp", path)
-
-
-def copy_folder(source, target, names=None):
-    """Copy all files, or those named, beside and rename, in place of what is there."""
-    shutil.rmtree(target + ".tmp", ignore_errors=True)
-    os.makedirs(target + ".tmp")
-    for name in names or os.listdir(source):
-        shutil.copy(f"{source}/{name}", f"{target}.tmp/{name}")
-    shutil.rmtree(target, ignore_errors=True)
-    os.rename(target + ".tmp", target)
-
-
-# ---- manifest ----------------------------------------------------------------------------------------------
-
-def read_manifest(path):
-    """-> (rows, rejects): dicts with id, audio (full path), text, speaker, split; rejects [(id, reason)]."""
-    with open(path, encoding="utf-8", newline="") as f:
-        raw = [json.loads(line) for line in f if line.strip()] if path.endswith(".jsonl") else list(
-            csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE))
-    rows, rejects, seen = [], [], set()
-    for number, row in enumerate(raw, 1):
-        missing = [field for field in ("id", "audio", "text", "speaker") if row.get(field) is None]
-        if missing:
-            raise ValueError(f"{path}: entry {number} lacks {', '.join(missing)}; "
-                             "a manifest has the fields id, audio, text, speaker and perhaps split")
-        row = {field: str(row[field]).strip() for field in ("id", "audio", "text", "speaker")} | {
-            "split": row.get("split") or (
-                "seen" if zlib.crc32(str(row["id"]).encode()) % 50 == 0 else "train")}
-        row["audio"] = os.path.join(os.path.dirname(os.path.abspath(path)), row["audio"])
-        if row["split"] not in SPLITS:
-            raise ValueError(f"{path}: entry {number} has split {row['split']!r}, "
-                             f"we know {', '.join(SPLITS)}")
-        if row["id"] in seen:
-            rejects.append((row["id"], "duplicate id"))
-        elif not row["text"]:
-            rejects.append((row["id"], "empty text"))
-        else:
-            rows.append(row)
-        seen.add(row["id"])
-    return rows, rejects
-
+# ---- utterances --------------------------------------------------------------------------------------------
 
 def read_utterance(row, max_audio_s):
     """The utterance's wav (n,) at 16 kHz. ValueError, with the reason, where it can't be used."""
     wav = load_audio(row["audio"])
-    if len(wav) > max_audio_s * Tokenizer.sample_rate:
+    seconds, clipped = len(wav) / Tokenizer.sample_rate, np.mean(np.abs(wav) > 0.999)
+    if seconds > max_audio_s:
         raise ValueError(f"{row['audio']}: longer than {max_audio_s:g} s")
     if np.sqrt(np.mean(wav ** 2)) < MIN_RMS:
         raise ValueError(f"{row['audio']}: silent")
+    if clipped > CLIPPED:
+        raise ValueError(f"{row['audio']}: clipped, {100 * clipped:.0f} % of its samples are at full scale")
+    if len(row["text"]) > LETTERS_S * seconds:
+        raise ValueError(f"{row['audio']}: {len(row['text'])} letters of text for {seconds:.1f} s of speech")
     return wav
 
 
 # ---- tokenizers --------------------------------------------------------------------------------------------
 
 def fit_on(rows, settings, folder):
-    """Fit the audio tokenizer on some of the training rows and save it in the folder."""
-    rng = np.random.default_rng(settings["data_seed"])
+    """Fit the audio tokenizer on these training rows and save it in the folder."""
     wavs, used = [], []
-    for i in rng.permutation(len(rows))[:settings["fit_utterances"]]:
+    for row in rows:
         try:
-            wavs.append(read_utterance(rows[i], settings["max_audio_s"]))
-            used.append(rows[i])
+            wavs.append(read_utterance(row, settings["max_audio_s"]))
+            used.append(row)
         except ValueError:
             pass                                        # listed among the rejects when its shard is made
     if not wavs:
@@ -184,52 +123,63 @@ def fit_on(rows, settings, folder):
     os.replace(f"{folder}/audio_tokenizer.tmp", f"{folder}/audio_tokenizer")
 
 
+def make_tokenizers(manifest, settings, folder):
+    """Fit or copy what is not there yet; the text tokenizer last, for which other machines wait."""
+    train, lower = manifest.numbers("train"), str.lower if settings["lower"] else str
+    if not os.path.exists(f"{folder}/audio_tokenizer"):
+        if settings["audio_tokenizer"]:
+            copy_folder(settings["audio_tokenizer"], f"{folder}/audio_tokenizer")
+        else:
+            chosen = np.random.default_rng(settings["data_seed"]).permutation(len(train))
+            rows = manifest.rows(train[chosen[:settings["fit_utterances"]]])
+            fit_on([row for row in rows if row["audio"]], settings, folder)
+    if not os.path.exists(f"{folder}/text_tokenizer"):
+        rows = manifest.rows(train[::-(-len(train) // FIT_TEXTS)])
+        texts = [lower(row["text"]) for row in rows if row["text"]]
+        make_text_tokenizer(texts, settings["text_model"], settings["text_vocab"]).save(
+            f"{folder}/text_tokenizer")
+
+
 # ---- shards ------------------------------------------------------------------------------------------------
 
-def make_shard(job):
-    """Tokenize some rows into the shard `name` of `folder`; its json, written last, marks it complete."""
-    folder, name, rows, speakers, max_audio_s = job
-    tokenizer = Tokenizer.load(f"{folder}/audio_tokenizer")
+def make_shard(folder, name, manifest, settings):
+    """Tokenize the rows of a (part of a) manifest into the shard `name` of `folder`; its json, written last,
+    marks it complete. -> utterances, frames."""
+    tokenizer = Tokenizer.load(f"{folder}/audio_tokenizer", _worker["device"])
     text_tokenizer = TextTokenizer.load(f"{folder}/text_tokenizer")
+    lower = str.lower if settings["lower"] else str
+    n_stream = (tokenizer.n_semantic > 0) + tokenizer.n_level
     codes, texts, index, kept, rejects = [], [], [], [], []
     frame, token = 0, 0
-    for row in rows:
-        try:
-            code = tokenizer.encode(read_utterance(row, max_audio_s))       # (T, N)
-        except ValueError as error:
-            rejects.append((row["id"], str(error)))
-            continue
-        text = np.array(text_tokenizer.encode(row["text"]), np.int32)
-        codes.append(code)
-        texts.append(text)
-        index.append((frame, len(code), token, len(text), speakers[row["speaker"]]))
-        frame, token = frame + len(code), token + len(text)
-        kept.append(row)
-    n_stream = (tokenizer.n_semantic > 0) + tokenizer.n_level
-    return write_shard(folder, name, codes, texts, index, kept, rejects, n_stream)
+    for start in range(0, len(manifest.offsets), TOGETHER):
+        rows, wavs = [], []
+        for row in manifest.rows(range(start, min(start + TOGETHER, len(manifest.offsets)))):
+            row["text"] = lower(row["text"])
+            try:
+                wavs.append(read_utterance(row, settings["max_audio_s"]) if row["audio"] else None)
+                rows.append(row)
+            except ValueError as problem:
+                rejects.append((row["id"], str(problem)))
+        spoken = iter(tokenizer.encode_all([wav for wav in wavs if wav is not None]))
+        for row, wav in zip(rows, wavs):
+            code = np.zeros((0, n_stream), np.int16) if wav is None else next(spoken)       # (T, N)
+            text = np.array(text_tokenizer.encode(row["text"]), np.int32)
+            codes.append(code)
+            texts.append(text)
+            index.append((frame, len(code), token, len(text), _worker["speakers"][row["speaker"]]))
+            frame, token = frame + len(code), token + len(text)
+            kept.append(row)
+    write_shard(folder, name, codes, texts, index, kept, rejects, n_stream)
+    return len(manifest.offsets), frame
 
 
-def write_shard(folder, name, codes, texts, index, kept, rejects, n_stream):
-    """codes [(T, N)] int16, texts [(M,)] int32, index rows as above, kept: rows of the manifest -> name."""
-    arrays = {"codes": np.concatenate(codes) if codes else np.zeros((0, n_stream), np.int16),
-              "text": np.concatenate(texts) if texts else np.zeros(0, np.int32),
-              "index": np.array(index, np.int64).reshape(-1, 5)}
-    checksums = {}
-    for part, array in arrays.items():
-        buffer = io.BytesIO()
-        np.save(buffer, array)
-        checksums[part] = zlib.crc32(buffer.getvalue())
-        write_file(f"{folder}/{name}.{part}.npy", buffer.getvalue())
-    meta = {"version": VERSION, "utterances": len(kept), "frames": len(arrays["codes"]), "crc32": checksums,
-            "rejects": rejects}
-    meta |= {field: [row[field] for row in kept] for field in ("id", "text", "speaker", "audio")}
-    write_file(f"{folder}/{name}.json", json.dumps(meta))
-    return name
+_worker = {"device": "cpu", "speakers": None}       # what a process of the pool has got at its start
 
 
-def _start_worker(parent):
+def _start_worker(parent, devices, speakers):
     """One thread a worker; and a worker whose parent was killed ends too, instead of working for nobody."""
     torch.set_num_threads(1)
+    _worker.update(device=devices.get(), speakers={name: i for i, name in enumerate(speakers)})
 
     def watch():
         while os.getppid() == parent:
@@ -239,104 +189,161 @@ def _start_worker(parent):
     threading.Thread(target=watch, daemon=True).start()
 
 
+def make_shards(jobs, speakers, n_process, device):
+    """jobs [(arguments of make_shard)] in several processes, with a bar that tells hours and speed."""
+    context, began, frames = multiprocessing.get_context("spawn"), time.time(), 0
+    n_gpu = torch.cuda.device_count() if device == "cuda" else 0
+    if n_gpu:       # a process for each GPU; under torchrun for the one that is ours
+        mine = [int(os.environ["LOCAL_RANK"])] if "LOCAL_RANK" in os.environ else range(n_gpu)
+        names = [f"cuda:{i}" for i in mine]
+    else:
+        share = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        names = ["cpu"] * max(1, min(n_process or os.cpu_count() // share, len(jobs)))
+    devices = context.Queue()
+    for name in names:
+        devices.put(name)
+    start = (os.getpid(), devices, speakers)
+    with (ProcessPoolExecutor(len(names), context, _start_worker, start) as pool,
+          tqdm(total=sum(len(job[2].offsets) for job in jobs), desc="tokenizing", unit="utt", mininterval=1)
+          as bar):
+        try:
+            for done in as_completed([pool.submit(make_shard, *job) for job in jobs]):
+                n, n_frame = done.result()
+                bar.update(n)
+                frames += n_frame
+                hours = frames / Tokenizer.frame_hz / 3600
+                bar.set_postfix_str(f"{hours:.2f} h, {hours * 3600 / (time.time() - began):.0f} x real time")
+        except BrokenProcessPool:
+            raise ValueError("a process that made a shard was killed (out of memory?); finished shards stay: "
+                             "the same command goes on") from None
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
 # ---- the whole of it ---------------------------------------------------------------------------------------
 
-def prepare(settings, root="data", n_process=None):
-    """Make, or finish making, the data of these settings, unless they are complete; returns the folder."""
+def prepare(settings, root="data", n_process=0, part="", device="auto"):
+    """Make, or finish making, the data of these settings, unless they are complete; returns the folder.
+
+    n_process: on a CPU, 0 = one a core.  part: "3/16", our share of the work (default: torchrun's rank, or
+    all).  device: of pretrained tokenizers, cpu, cuda or auto.
+    """
     folder = data_folder(root, settings)
     if is_prepared(folder):
         return folder
+    number, parts = parse_part(part)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() and settings["audio_tokenizer"] else "cpu"
     os.makedirs(folder, exist_ok=True)
-    n_process = n_process or os.cpu_count()
-    print(f"preparing {folder}", flush=True)
-    manifest = settings["corpus"]
-    if manifest == "numbers":
+    print(f"preparing {folder}" + (f", part {number} of {parts}" if parts > 1 else ""), flush=True)
+    if settings["corpus"] == "numbers":
+        if parts > 1:
+            raise ValueError("the numbers are made by one machine: leave out torchrun or --part")
         from spoken_numbers import make_corpus
         with tqdm(desc="speaking", unit="shard", mininterval=1) as bar:
             def progress(done, total):
                 bar.total = total
                 bar.update(done - bar.n)
-            manifest = make_corpus(f"{folder}/corpus", settings["corpus_utterances"],
-                                   settings["eval_utterances"], settings["data_seed"], n_process, progress)
-    rows, rejects = read_manifest(manifest)
-    if settings["lower"]:
-        rows = [row | {"text": row["text"].lower()} for row in rows]
-    splits = {split: [row for row in rows if row["split"] == split] for split in SPLITS}
-    if not splits["train"]:
-        raise ValueError(f"{manifest} has no training utterance")
-    if not os.path.exists(f"{folder}/audio_tokenizer"):
-        if settings["audio_tokenizer"]:
-            copy_folder(settings["audio_tokenizer"], f"{folder}/audio_tokenizer", AUDIO_FILES)
-        else:
-            fit_on(splits["train"], settings, folder)
-    if not os.path.exists(f"{folder}/text_tokenizer"):
-        texts = [row["text"] for row in splits["train"]]
-        make_text_tokenizer(texts, settings["text_model"], settings["text_vocab"]).save(
-            f"{folder}/text_tokenizer")
-    speakers = {name: i for i, name in enumerate(sorted({row["speaker"] for row in rows}))}
+            path = make_corpus(f"{folder}/corpus", settings["corpus_utterances"], settings["eval_utterances"],
+                               settings["data_seed"], n_process or os.cpu_count(), progress)
+    else:
+        path = settings["corpus"]
+    manifest = Manifest(path)
+    if not len(manifest.numbers("train")):
+        raise ValueError(f"{path} has no training utterance" + (
+            f": {manifest.rejects[0][0]}: {manifest.rejects[0][1]}" if manifest.rejects else ""))
+    if number == 0:
+        make_tokenizers(manifest, settings, folder)
+    elif not os.path.exists(f"{folder}/text_tokenizer"):
+        print("waiting for part 0 to make the tokenizers", flush=True)
+        while not os.path.exists(f"{folder}/text_tokenizer"):
+            time.sleep(1)
     names, jobs = {}, []
-    for split, part in splits.items():
-        size = min(max(-(-len(part) // SHARDS), UTTERANCES[0]), UTTERANCES[1])
-        n_shard = -(-len(part) // size)
+    for split in SPLITS:
+        rows = manifest.numbers(split)
+        size = min(max(-(-len(rows) // SHARDS), UTTERANCES[0]), UTTERANCES[1])
+        n_shard = -(-len(rows) // size)
         names[split] = [f"{split}-{i:05d}-of-{n_shard:05d}" for i in range(n_shard)]
         for i, name in enumerate(names[split]):
-            if not has_shard(folder, name):
-                chunk = part[i * size:(i + 1) * size]
-                jobs.append((folder, name, chunk, speakers, settings["max_audio_s"]))
-    n_process = min(n_process, len(jobs) or 1)
-    with multiprocessing.get_context("spawn").Pool(n_process, _start_worker, (os.getpid(),)) as pool:
-        done = pool.imap_unordered(make_shard, jobs)
-        for _ in tqdm(done, "tokenizing", len(jobs), unit="shard", mininterval=1):
-            pass
-    return finish(folder, settings, names, rejects, speakers)
+            if i % parts == number and not has_shard(folder, name):
+                jobs.append((folder, name, manifest.only(rows[i * size:(i + 1) * size]), settings))
+    if jobs:
+        make_shards(jobs, manifest.speakers, n_process, device)
+    left = sum(not has_shard(folder, name) for split in names.values() for name in split)
+    if left:
+        print(f"part {number} is done; {left} shards are others'")
+        return folder
+    return finish(folder, settings, names, manifest)
 
 
-def finish(folder, settings, names, rejects, speakers):
+def parse_part(part):
+    """"3/16" -> (3, 16); "" -> torchrun's rank and world, if that runs us, else (0, 1)."""
+    if not part:
+        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    number, _, parts = part.partition("/")
+    if not (number.isdigit() and parts.isdigit() and int(number) < int(parts)):
+        raise ValueError(f"--part is NUMBER/PARTS, counted from 0, for instance 0/16; not {part!r}")
+    return int(number), int(parts)
+
+
+def finish(folder, settings, names, manifest):
     """Sum up the shards in dataset.json, list the rejects, and say what there is."""
     tokenizer = Tokenizer.load(f"{folder}/audio_tokenizer")
     text_tokenizer = TextTokenizer.load(f"{folder}/text_tokenizer")
-    counts = {}
-    for split, shards in names.items():
-        metas = [json.load(open(f"{folder}/{name}.json")) for name in shards]
-        rejects = rejects + [tuple(reject) for meta in metas for reject in meta["rejects"]]
-        counts[split] = {"shards": shards, "utterances": sum(meta["utterances"] for meta in metas),
-                         "hours": sum(meta["frames"] for meta in metas) / tokenizer.frame_hz / 3600}
-        print(f"{split}: {counts[split]['utterances']} utterances, {counts[split]['hours']:.2f} hours")
+    counts, n_reject, first = {}, len(manifest.rejects), manifest.rejects[:1]
+    listed = f"{folder}/rejects.tsv.{socket.gethostname()}.{os.getpid()}.tmp"
+    with open(listed, "w", encoding="utf-8") as f:
+        f.writelines(f"{name}\t{reason}\n" for name, reason in manifest.rejects)
+        for split, shards in names.items():
+            n, frames, tokens = 0, 0, 0
+            for shard in shards:
+                with open(f"{folder}/{shard}.json") as file:
+                    meta = json.load(file)
+                f.writelines(f"{name}\t{reason}\n" for name, reason in meta["rejects"])
+                n_reject, first = n_reject + len(meta["rejects"]), first or meta["rejects"][:1]
+                n, frames = n + meta["utterances"], frames + meta["frames"]
+                tokens += len(np.load(f"{folder}/{shard}.text.npy", mmap_mode="r"))
+            hours = frames / tokenizer.frame_hz / 3600
+            counts[split] = {"shards": shards, "utterances": n, "hours": hours, "text_tokens": tokens}
+            print(f"{split}: {n} utterances, {hours:.2f} hours, {tokens} text tokens")
+    os.replace(listed, f"{folder}/rejects.tsv")
     if not counts["train"]["utterances"]:
-        raise ValueError(f"no training utterance is usable: {rejects[0][1]} "
-                         f"(and {len(rejects) - 1} more rejects)")
-    write_file(f"{folder}/rejects.tsv", "".join(f"{name}\t{reason}\n" for name, reason in rejects))
-    print(f"{len(speakers)} speakers, {text_tokenizer.n_text} text tokens; {len(rejects)} rejects"
-          + (f", listed in {folder}/rejects.tsv" if rejects else ""))
+        raise ValueError(f"no training utterance is usable: {first[0][1]} (and {n_reject - 1} more rejects)")
+    print(f"{len(manifest.speakers)} speakers, {text_tokenizer.n_text} text tokens; {n_reject} rejects"
+          + (f", listed in {folder}/rejects.tsv" if n_reject else ""))
     sizes = {"n_semantic": tokenizer.n_semantic, "n_acoustic": tokenizer.n_acoustic,
              "n_level": tokenizer.n_level, "n_text": text_tokenizer.n_text}
-    write_file(f"{folder}/dataset.json", json.dumps(
-        {"version": VERSION, "settings": settings, "sizes": sizes, "frame_hz": tokenizer.frame_hz,
-         "splits": counts, "rejects": len(rejects), "speakers": list(speakers)}, indent=1))
+    about = {"version": VERSION, "settings": settings, "sizes": sizes, "frame_hz": tokenizer.frame_hz,
+             "splits": counts, "rejects": n_reject, "speakers": manifest.speakers}
+    write_file(f"{folder}/README.md", card(about))
+    write_file(f"{folder}/dataset.json", json.dumps(about, indent=1))
     return folder
 
 
 def parse_settings(arguments):
-    """['--name=value', ...] over SETTINGS and data_dir -> (settings, data_dir)."""
-    settings, root = dict(SETTINGS), "data"
+    """['--name=value', ...] -> (settings, options of `prepare`)."""
+    settings, options = dict(SETTINGS), {}
     for argument in arguments:
         name, _, value = argument.removeprefix("--").partition("=")
-        if name == "data_dir":
-            root = value
+        if name in ("data_dir", "part", "device"):
+            options["root" if name == "data_dir" else name] = value
         elif name not in SETTINGS or not argument.startswith("--"):
-            raise ValueError(f"unknown setting {argument!r}; there are: {', '.join(SETTINGS)}, data_dir")
+            raise ValueError(f"unknown setting {argument!r}; there are: {', '.join(SETTINGS)}, data_dir, "
+                             "part, device")
         else:
             try:
                 kind = type(SETTINGS[name])
                 settings[name] = {"True": True, "False": False}[value] if kind is bool else kind(value)
             except (ValueError, KeyError):
                 raise ValueError(f"{name} takes {type(SETTINGS[name]).__name__}, not {value!r}") from None
-    return settings, root
+    return settings, options
 
 
 if __name__ == "__main__":
     try:
-        print(prepare(*parse_settings(sys.argv[1:])))
+        chosen, wishes = parse_settings(sys.argv[1:])
+        print(prepare(chosen, **wishes))
     except ValueError as problem:
         print(f"prepare.py: {problem}", file=sys.stderr)
         sys.exit(2)

@@ -22,6 +22,7 @@ from tokenize_text import find_folder
 VERSION = 1
 WEIGHTS = ("config.json", "preprocessor_config.json", "model.safetensors", "pytorch_model.bin")
 WINDOW_S, CONTEXT_S = 30.0, 2.0     # long audio goes in windows; frames so near a cut come from the next one
+BATCH_S = 480               # seconds of audio in a batch, on a GPU; on a CPU one utterance after the other
 FRAME_HZ = SAMPLE_RATE / HOP
 
 
@@ -66,6 +67,9 @@ class SpeechEncoder:
                 Wav2Vec2FeatureExtractor.from_pretrained(folder).do_normalize)
         else:
             raise ValueError(f"{name} is a {self.kind} model: we know Whisper, HuBERT, WavLM and wav2vec 2.0")
+        # one normalised over time (HuBERT-base) would notice its neighbours' padding
+        self.can_mask = getattr(config, "feat_extract_norm", "layer") == "layer"
+        self.batch_s = 0 if device == "cpu" else BATCH_S
         if hop != HOP:
             raise ValueError(f"{name} makes {SAMPLE_RATE / hop:g} frames a second, we need {FRAME_HZ:g}")
         if not -depth - 1 <= layer <= depth:
@@ -75,24 +79,50 @@ class SpeechEncoder:
     @torch.no_grad()
     def features(self, wav):
         """wav (n,) float32 at 16 kHz -> (T, C) float32 on the CPU."""
-        T, size, context = -(-len(wav) // HOP), int(WINDOW_S * FRAME_HZ), int(CONTEXT_S * FRAME_HZ)
-        if self.kind != "whisper" and self.normalise:       # the whole, so that windows agree
-            wav = (wav - wav.mean()) / np.sqrt(wav.var() + 1e-7)
-        wav, parts = np.pad(wav, (0, T * HOP - len(wav))), []
-        for first, end, kept, end_kept in windows(T, size, context):
-            states = self.window(wav[first * HOP:end * HOP])                # (frames, C)
-            parts.append(states[kept - first:end_kept - first])
-        return torch.cat(parts)
+        return self.features_all([wav])[0].cpu()
 
-    def window(self, wav):
-        """At most 30 s, whole frames -> (T, C)."""
-        T = len(wav) // HOP
+    @torch.no_grad()
+    def features_all(self, wavs):
+        """[(n,)] -> [(T, C)], in batches of windows of similar length; alone or together, all the same."""
+        size, context, jobs, parts = int(WINDOW_S * FRAME_HZ), int(CONTEXT_S * FRAME_HZ), [], []
+        for i, wav in enumerate(wavs):
+            T = -(-len(wav) // HOP)
+            if self.kind != "whisper" and self.normalise:       # the whole, so that windows agree
+                wav = (wav - wav.mean()) / np.sqrt(wav.var() + 1e-7)
+            wav = np.pad(wav, (0, T * HOP - len(wav)))
+            for first, end, kept, end_kept in windows(T, size, context):
+                jobs.append((wav[first * HOP:end * HOP], i, kept - first, end_kept - first))
+        order, states = sorted(range(len(jobs)), key=lambda j: len(jobs[j][0])), [None] * len(jobs)
+        while order:
+            n, longest = 1, len(jobs[order[-1]][0])
+            while n < len(order) and self.together(len(jobs[order[-n - 1]][0]), longest, n + 1):
+                n += 1
+            batch, order = order[-n:], order[:-n]
+            for j, found in zip(batch, self.run([jobs[j][0] for j in batch])):
+                states[j] = found
+        for i in range(len(wavs)):
+            parts.append(torch.cat([found[kept:end] for found, (_, owner, kept, end) in zip(states, jobs)
+                                    if owner == i]))
+        return parts
+
+    def together(self, length, longest, n):
+        """May a window of `length` samples be the n-th of a batch with windows of up to `longest`?"""
+        if self.kind == "whisper":
+            return n * WINDOW_S <= self.batch_s
+        return n * longest <= self.batch_s * SAMPLE_RATE and (self.can_mask or length == longest)
+
+    def run(self, wavs):
+        """Windows of at most 30 s, whole frames -> [(T, C)]."""
+        lengths = [len(wav) // HOP for wav in wavs]
         if self.kind == "whisper":      # always sees 30 s, the rest silence
-            x = self.prepare(wav, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
+            x, mask = self.prepare(wavs, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features, {}
         else:                           # without padding in its convolutions: a frame spans 400 samples
-            x = torch.from_numpy(np.pad(wav, 40).astype(np.float32))[None]
-        states = self.model(x.to(self.device), output_hidden_states=True).hidden_states[self.layer][0]
-        return states[:T].float().cpu()
+            wavs = [torch.from_numpy(np.pad(wav, 40).astype(np.float32)) for wav in wavs]
+            x = torch.nn.utils.rnn.pad_sequence(wavs, batch_first=True)
+            mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(wav)).long() for wav in wavs], True)
+            mask = {} if mask.all() else {"attention_mask": mask.to(self.device)}
+        states = self.model(x.to(self.device), output_hidden_states=True, **mask).hidden_states[self.layer]
+        return [row[:T].float() for row, T in zip(states, lengths)]
 
 
 # ---- neural codecs -----------------------------------------------------------------------------------------
@@ -200,9 +230,16 @@ class PretrainedTokenizer:
 
     def encode(self, wav, sr=SAMPLE_RATE):
         """wav (n,) or (n, channels) at sr Hz -> codes (T, N) int16, semantic ones first; T about n / HOP."""
+        return self.encode_all([to_mono_16k(wav, sr)])[0]
+
+    def encode_all(self, wavs):
+        """[(n,)] at 16 kHz -> [(T, N)]."""
         self.start(True)
-        wav = to_mono_16k(wav, sr)
-        semantic = nearest(self.encoder.features(wav), self.arrays["clusters"])             # (T,)
+        return [self.join(wav, features) for wav, features in zip(wavs, self.encoder.features_all(wavs))]
+
+    def join(self, wav, features):
+        """wav (n,) at 16 kHz and its semantic features (T, C) -> codes (T, N) int16."""
+        semantic = nearest(features, self.arrays["clusters"].to(features.device)).cpu()     # (T,)
         if "books" in self.arrays:
             acoustic = quantise(self.codec.features(wav), self.arrays["books"])             # (T', levels)
         else:

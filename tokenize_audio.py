@@ -238,6 +238,10 @@ class Tokenizer:
         acoustic = quantise(mel, a["acoustic"]).numpy()                     # (T, levels)
         return np.concatenate([semantic[:, None], acoustic], 1).astype(np.int16)            # (T, N)
 
+    def encode_all(self, wavs):
+        """[(n,)] at 16 kHz -> [(T, N)]: a tokenizer may have a faster way for many at once."""
+        return [self.encode(wav) for wav in wavs]
+
     def decode(self, codes, n_iter=32):
         """codes (T, N) -> wav (T * HOP,) float32 at 16 kHz. Semantic codes are skipped: they do not sound."""
         codes = torch.as_tensor(np.asarray(codes), dtype=torch.long)
@@ -255,14 +259,15 @@ class Tokenizer:
             json.dump({"kind": "builtin", "version": VERSION, "switch_penalty": self.switch_penalty}, f)
 
     @classmethod
-    def load(cls, folder):
+    def load(cls, folder, device="cpu"):
+        """device: where a pretrained tokenizer's networks run."""
         if not os.path.exists(f"{folder}/audio_tokenizer.json"):
             raise ValueError(f"{folder} holds no audio tokenizer: run prepare.py first")
         with open(f"{folder}/audio_tokenizer.json") as f:
             meta = json.load(f)
         if meta["kind"] == "pretrained":
             from pretrained import PretrainedTokenizer
-            return PretrainedTokenizer.load(folder, meta)
+            return PretrainedTokenizer.load(folder, meta, device)
         if meta["version"] != VERSION:
             raise ValueError(f"{folder}: tokenizer version {meta['version']}, we read {VERSION}: "
                              "run prepare.py again")

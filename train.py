@@ -136,7 +136,8 @@ def train(config, folder, going_on=False):
     # workers, data, and where we start
     rank, world, device = start_workers(config.timeout_s)
     say = print if rank == 0 else (lambda *_: None)
-    dataset, seen = (Dataset(folder, split, rank == 0, config.token_streams) for split in ("train", "seen"))
+    dataset, *others = (Dataset(folder, split, rank == 0, config.token_streams) for split in prepare.SPLITS)
+    seen = max(others, key=lambda split: len(split) > 0)        # a corpus may have new speakers only
     found = newest_whole(config.out_dir, rank, world, say) if going_on else None
     if checkpoints(config.out_dir) and not found:
         raise ValueError(occupied(config.out_dir) if not going_on else

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from attention import KVCache
 from checkpoint import load_model, starting_weights
 from config import Config, load_config
-from convert import export_text
+from convert import base_weights, export_text
 from data import Dataset
 from decode import generate, prepare_for_decoding
 from eval import find_data
@@ -87,6 +87,12 @@ def test_text_rows_are_the_llms_and_new_rows_have_their_spread(tmp_path):
         assert 0.95 < new.std() / table.std() < 1.05 and new.mean().abs() < 0.01
     assert not torch.equal(model.emb[:300], model.lm_head[:300]) and (model.head_emb == 0).all()
     assert torch.equal(load(config).emb, model.emb), "the same seed gives the same new rows"
+    said = torch.zeros(VOCAB.n_semantic, VOCAB.n_text)
+    said[3, 7] = 1
+    rows = base_weights(config.init_from, model.config, VOCAB, 0, said.numpy())["emb"]()
+    near = torch.cosine_similarity(rows[slice(*VOCAB.streams[0])], table[7], dim=1)
+    assert near.argmax() == 3 and near[3] > 0.8, "cluster 3 starts as the text that goes with it"
+    assert (rows[slice(*VOCAB.streams[1])] == 0).all(), "and nothing acoustic drowns it"
 
 
 def broken(folder, kind):

@@ -2,8 +2,7 @@
 import pytest
 from conftest import ROOT, run_here
 
-from corpora import read_corpus
-from prepare import read_manifest
+from corpora import Manifest, read_corpus
 
 FILES = {       # layout: {file: content}, audio being empty here; then id, audio, text, speaker of the first
     "librispeech": ({"19/198/19-198.trans.txt": "19-198-0 NORTHANGER ABBEY\n", "19/198/19-198-0.flac": ""},
@@ -37,8 +36,8 @@ def test_each_layout_gives_its_utterances(layout, tmp_path):
     assert row == expected | {"split": "unseen"}
     code, out, _ = run_here(ROOT / "corpora.py", tmp_path / "all.tsv", f"{layout}:train:{tmp_path}")
     assert code == 0 and "1 utterances, 1 speakers" in out
-    rows, rejects = read_manifest(str(tmp_path / "all.tsv"))
-    assert rows == [row | {"split": "train"}] and not rejects
+    found = Manifest(str(tmp_path / "all.tsv"))
+    assert list(found.rows([0])) == [row | {"split": "train"}] and not found.rejects
 
 
 def test_what_is_no_corpus_is_explained(tmp_path):

@@ -70,7 +70,7 @@ def test_tasks_come_in_the_mixture_that_was_asked_for(loader):
 
 def test_a_prompt_is_of_the_same_speaker_and_another_utterance(loader):
     dataset, rng = loader.dataset, np.random.default_rng(0)
-    codes_of = {i: dataset[i][0] for i in dataset.by_speaker[int(dataset.index[0, 4])]}
+    codes_of = {i: dataset[i][0] for i in dataset.by_speaker[dataset.speakers == dataset.index[0, 4]]}
     for _ in range(20):
         prompt = dataset.draw_prompt(0, 20, rng)
         assert len(prompt) <= 20

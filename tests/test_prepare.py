@@ -1,14 +1,19 @@
 """Claim: a corpus becomes whole shards or a message; nothing half-written is read, nothing bad hidden."""
 import json
 import os
+import pathlib
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import soundfile
-from conftest import TINY
+from conftest import ROOT, TINY, run_here
 
 import prepare
-from data import Dataset
+from data import Dataset, Loader
+from shards import check_shards
 from spoken_numbers import cardinal, digits, is_evaluation_text, plan_corpus, speakers
 from tokenize_audio import Tokenizer, load_audio
 from tokenize_text import TextTokenizer, make_text_tokenizer
@@ -83,19 +88,38 @@ def messy_corpus(tmp_path, tiny_data):
     (tmp_path / "corrupt.wav").write_bytes(b"not audio")
     wav = load_audio(good["audio"][60])
     soundfile.write(tmp_path / "stereo8k.wav", np.stack([wav[::2], wav[::2]], 1), 8000)
-    for name in ("silent", "empty", "long", "corrupt", "missing", "stereo8k"):
+    soundfile.write(tmp_path / "clipped.wav", np.clip(50 * wav, -1, 1), 16000)
+    soundfile.write(tmp_path / "nan.wav", np.full(16000, np.nan), 16000, subtype="FLOAT")
+    soundfile.write(tmp_path / "short.wav", wav[:800], 16000)
+    soundfile.write(tmp_path / "cut.flac", np.random.default_rng(0).uniform(-0.1, 0.1, 32000), 16000)
+    (tmp_path / "cut.flac").write_bytes((tmp_path / "cut.flac").read_bytes()[:9000])
+    (tmp_path / "nothing.wav").write_bytes(b"")
+    (tmp_path / "folder.wav").mkdir()
+    for name in ("silent", "empty", "long", "corrupt", "missing", "stereo8k", "clipped", "nan", "short",
+                 "nothing", "folder"):
         rows.append({"id": name, "audio": f"{name}.wav", "text": "one", "speaker": "a", "split": "train"})
-    rows.append({"id": "notext", "audio": good["audio"][61], "text": "  ", "speaker": "a"})
-    rows.append({"id": "g0", "audio": good["audio"][62], "text": "one", "speaker": "a"})
+    more = {"audio": good["audio"][61], "speaker": "a", "text": "one", "split": "train"}
+    rows.append(more | {"id": "cut", "audio": "cut.flac"})
+    rows.append(more | {"id": "notext", "text": "  "})
+    rows.append(more | {"id": "noaudio", "audio": ""})
+    rows.append(more | {"id": "talker", "text": "one " * 200})
+    rows.append(more | {"id": "neither", "audio": "-", "text": "-"})
+    rows.append(more | {"id": "lost", "split": "test"})
+    rows.append(more | {"id": "g0", "audio": good["audio"][62]})
+    rows.append(more | {"id": "words", "audio": "-", "text": "three four"})
+    rows.append(more | {"id": "sound", "audio": good["audio"][63], "text": "-"})
+    lines = [json.dumps(row).encode() for row in rows]
+    lines += [b"{ half a line", json.dumps({"id": "bare", "text": "one"}).encode(), b"\xff\xfe", b"7"]
     path = tmp_path / "messy.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
+    path.write_bytes(b"\n".join(lines))
     return str(path)
 
 
 def test_settings_on_the_command_line_have_their_types():
     flags = ["--lower=False", "--n_level=4", "--max_audio_s=9", "--data_dir=x"]
-    settings, root = prepare.parse_settings(flags)
-    assert settings == prepare.SETTINGS | {"n_level": 4, "max_audio_s": 9.0} and root == "x"
+    settings, options = prepare.parse_settings([*flags, "--part=1/2"])
+    assert settings == prepare.SETTINGS | {"n_level": 4, "max_audio_s": 9.0}
+    assert options == {"root": "x", "part": "1/2"}
     assert prepare.parse_settings(["--lower=True"])[0]["lower"] is True
     for wrong in ("--lower=yes", "--n_level=few", "--none=1"):
         with pytest.raises(ValueError, match="takes|unknown"):
@@ -106,13 +130,29 @@ def test_bad_utterances_are_counted_and_named(messy_corpus, tmp_path, capsys):
     settings = TINY | {"corpus": messy_corpus, "n_semantic": 8, "n_acoustic": 8, "text_model": "char"}
     folder = prepare.prepare(settings, str(tmp_path / "data"), n_process=1)
     rejects = dict(line.rstrip("\n").split("\t") for line in open(f"{folder}/rejects.tsv"))
-    expected = {"silent": "silent", "empty": "at least", "long": "longer than 30 s",
+    n = sum(1 for _ in open(messy_corpus, "rb"))
+    expected = {"silent": "silent", "empty": "at least", "long": "longer than 30 s", "clipped": "clipped",
                 "corrupt": "not readable", "missing": "no such file", "notext": "empty text",
-                "g0": "duplicate id"}
-    assert set(rejects) == set(expected) and all(reason in rejects[name] for name, reason in expected.items())
+                "nan": "not finite", "short": "at least", "nothing": "not readable", "folder": "not readable",
+                "cut": "not readable", "noaudio": "empty audio", "talker": "letters of text",
+                "neither": "neither audio nor text", "lost": "split 'test'", "g0": "duplicate id",
+                f"line {n - 3}": "not JSON", f"line {n - 2}": "lacks audio, speaker",
+                f"line {n - 1}": "not UTF-8", f"line {n}": "lacks id"}
+    assert set(rejects) == set(expected)
+    for name, reason in expected.items():
+        assert reason in rejects[name], (name, rejects[name])
     dataset = Dataset(folder, "train")
     assert {"lonely", "stereo8k"} <= set(dataset.info["id"])
-    assert "7 rejects" in capsys.readouterr().out
+    assert f"{len(expected)} rejects" in capsys.readouterr().out
+    lengths = {name: row[[1, 3]].tolist() for name, row in zip(dataset.info["id"], dataset.index)}
+    assert lengths["words"][0] == 0 and lengths["sound"][1] == 0, "text alone and speech alone"
+    loader = Loader(dataset, {"asr": 1, "speech": 1, "text": 1}, 2, 512, 10, 0)
+    drawn = {(task, dataset.info["id"][i]) for step in range(60) for row in loader.plan(step)
+             for task, i, _ in row}
+    assert {("text", "words"), ("speech", "sound")} <= drawn
+    assert not {("asr", "words"), ("asr", "sound"), ("text", "sound"), ("speech", "words")} & drawn
+    card = open(f"{folder}/README.md").read()
+    assert f"| train | {len(dataset)} |" in card and "--data=THIS_FOLDER" in card
     i = dataset.info["id"].index("lonely")
     prompt = dataset.draw_prompt(i, 10, np.random.default_rng(0))
     assert len(prompt) == 10, "a speaker with one utterance prompts itself"
@@ -135,7 +175,55 @@ def test_an_interrupted_preparation_goes_on(tiny_data, tmp_path):
     assert np.array_equal(Dataset(str(folder), "unseen")[0][0], Dataset(tiny_data, "unseen")[0][0])
 
 
-def test_a_damaged_shard_is_noticed(tiny_data, tmp_path):
+@pytest.fixture
+def many(tiny_data, tmp_path):
+    """A manifest of 600 utterances (links to a few wavs), and the command that prepares it."""
+    good = Dataset(tiny_data, "train").info
+    rows = ["id\taudio\ttext\tspeaker"]
+    rows += [f"u{i}\t{good['audio'][i % 10]}\t{good['text'][i % 10]}\ts{i % 3}" for i in range(600)]
+    (tmp_path / "many.tsv").write_text("\n".join(rows))
+    return [sys.executable, str(ROOT / "prepare.py"), f"--corpus={tmp_path / 'many.tsv'}",
+            "--n_semantic=8", "--n_acoustic=8", "--fit_utterances=10"]
+
+
+def shard_bytes(folder):
+    return {path.name: path.read_bytes() for path in sorted(pathlib.Path(folder).rglob("*-of-*"))
+            if path.suffix != ".tmp"}
+
+
+def test_killed_and_started_again_or_in_parts_the_shards_are_the_same(many, tmp_path):
+    """kill -9 while shards are made; then the rest by two machines at once, of which one sums up."""
+    whole = subprocess.run([*many, f"--data_dir={tmp_path / 'a'}"], capture_output=True, text=True)
+    assert whole.returncode == 0 and "600 utt" not in whole.stdout, whole.stderr
+    killed = subprocess.Popen([*many, f"--data_dir={tmp_path / 'b'}"], stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL)
+    while not list((tmp_path / "b").rglob("*-of-*.json")):
+        time.sleep(0.01)
+        assert killed.poll() is None, "it ended before a shard was there"
+    killed.kill()
+    killed.wait()
+    assert not list((tmp_path / "b").rglob("dataset.json"))
+    before = len(list((tmp_path / "b").rglob("*-of-*.json")))
+    parts = [subprocess.Popen([*many, f"--data_dir={tmp_path / 'b'}", f"--part={i}/2"], text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for i in range(2)]
+    said = [part.communicate(timeout=120)[0] for part in parts]
+    assert [part.returncode for part in parts] == [0, 0], said
+    assert any("rejects" in text for text in said)
+    first, second = shard_bytes(tmp_path / "a"), shard_bytes(tmp_path / "b")
+    assert before < len(first) // 4 and first == second
+
+
+def test_parts_are_named_and_bad_ones_explained(monkeypatch):
+    assert prepare.parse_part("") == (0, 1) and prepare.parse_part("3/16") == (3, 16)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert prepare.parse_part("") == (2, 8)
+    for wrong in ("4/4", "a/2", "1", "-1/2"):
+        with pytest.raises(ValueError, match="NUMBER/PARTS"):
+            prepare.parse_part(wrong)
+
+
+def test_a_damaged_shard_is_noticed(tiny_data, tmp_path, capsys):
     import shutil
     shutil.copytree(tiny_data, tmp_path / "d")
     data = bytearray((tmp_path / "d/train-00000-of-00003.codes.npy").read_bytes())
@@ -143,6 +231,14 @@ def test_a_damaged_shard_is_noticed(tiny_data, tmp_path):
     (tmp_path / "d/train-00000-of-00003.codes.npy").write_bytes(data)
     with pytest.raises(ValueError, match="damaged"):
         Dataset(str(tmp_path / "d"), "train", verify=True)
+    code, _, err = run_here(ROOT / "shards.py", tmp_path / "d")
+    assert code == 2 and "train-00000-of-00003.codes.npy is damaged" in err
+    assert run_here(ROOT / "shards.py", tiny_data)[1] == "5 shards are whole\n"
+    check_shards(str(tmp_path / "d"), ["train-00000-of-00003"], limit=1000)
+    assert "are not compared" in capsys.readouterr().out, "of very many it is said that we do not look"
+    (tmp_path / "d/train-00000-of-00003.codes.npy").write_bytes(data[:-10])
+    with pytest.raises(ValueError, match="damaged"):
+        Dataset(str(tmp_path / "d"), "train")
 
 
 @pytest.mark.parametrize("flags, message", [

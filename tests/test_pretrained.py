@@ -19,9 +19,9 @@ def noise(seconds, seed=0):
     return (0.1 * np.random.default_rng(seed).standard_normal(int(16000 * seconds))).astype(np.float32)
 
 
-def small_hubert(folder):
+def small_hubert(folder, norm="layer"):
     config = transformers.HubertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                                       intermediate_size=16, conv_dim=(8,) * 7, feat_extract_norm="layer",
+                                       intermediate_size=16, conv_dim=(8,) * 7, feat_extract_norm=norm,
                                        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2)
     torch.manual_seed(0)
     transformers.HubertModel(config).save_pretrained(folder)
@@ -68,7 +68,23 @@ def test_long_audio_has_no_seam(tmp_path):
     """What sees only its surroundings, the convolutions, is the same in windows and at once."""
     encoder, wav = SpeechEncoder(small_hubert(tmp_path), layer=0), noise(65)
     encoder.normalise = False
-    torch.testing.assert_close(encoder.features(wav), encoder.window(wav), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(encoder.features(wav), encoder.run([wav])[0], rtol=1e-4, atol=1e-5)
+
+
+def group_hubert(folder):
+    return small_hubert(folder, "group")
+
+
+@pytest.mark.parametrize("make", [small_hubert, group_hubert, small_whisper])
+def test_utterances_do_not_notice_each_other_in_a_batch(make, tmp_path, monkeypatch):
+    """Batches are for GPUs. Where padding would be noticed only windows of one length go together."""
+    encoder, wavs = SpeechEncoder(make(tmp_path)), [noise(s, i) for i, s in enumerate((1.0, 35.0, 2.2, 1.0))]
+    alone, sizes, run = encoder.features_all(wavs), [], encoder.run
+    encoder.batch_s = 100
+    monkeypatch.setattr(encoder, "run", lambda batch: sizes.append(len(batch)) or run(batch))
+    for one, together in zip(alone, encoder.features_all(wavs)):
+        torch.testing.assert_close(one, together, rtol=1e-3, atol=1e-4)
+    assert sizes == ([2, 1, 2] if make == group_hubert else [3, 2])
 
 
 def test_codecs_must_make_50_frames_a_second(tmp_path):
