@@ -5,6 +5,7 @@ Helper of pretrained.py; its commands are there:  python tokenize_audio.py fit-s
 import argparse
 import json
 import os
+import shutil
 
 import numpy as np
 import torch
@@ -12,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from corpora import Manifest
-from pretrained import VERSION, Lyra, NeuralCodec, SpeechEncoder
+from pretrained import LYRA_FILES, VERSION, Lyra, NeuralCodec, SpeechEncoder
 from shards import write_file
-from tokenize_audio import kmeans, load_audio, nearest
+from tokenize_audio import SAMPLE_RATE, kmeans, load_audio, nearest
 
 
 def spread_start(x, n_cluster, generator):
@@ -87,6 +88,8 @@ def collect(folder, paths, features, n_frame, say=print):
 
     They are kept in `folder` as they come; what is there already is not made again.
     """
+    if paths is None:
+        raise ValueError("fitted on what? name a manifest after the folder")
     data, progress = f"{folder}/features.bin", f"{folder}/features.json"
     state = {"files": 0, "rows": 0, "width": 0}
     if os.path.exists(progress):
@@ -131,15 +134,32 @@ def add_part(folder, part, about, arrays):
     write_file(path, json.dumps(whole | {part: about}, indent=1))
 
 
+def read_kmeans(path, encoder):
+    """The centroids (K, C) of scikit-learn's KMeans in a joblib file, if they fit the encoder."""
+    try:
+        import joblib
+        centroids = torch.from_numpy(np.asarray(joblib.load(path).cluster_centers_, dtype=np.float32))
+    except (ImportError, OSError, AttributeError) as problem:
+        raise ValueError(f"{path} is no k-means that we can read ({problem}); it needs joblib and "
+                         "scikit-learn") from None
+    width = encoder.features(np.zeros(SAMPLE_RATE, np.float32)).shape[1]
+    if centroids.shape[1] != width:
+        raise ValueError(f"{path} has centroids of {centroids.shape[1]} numbers, the encoder's have {width}")
+    return centroids
+
+
 def main(arguments):
     parser = argparse.ArgumentParser(prog="tokenize_audio.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["fit-semantic", "fit-acoustic"])
     parser.add_argument("folder", help="of the tokenizer")
-    parser.add_argument("manifest", help="whose training utterances it is fitted on: see prepare.py")
+    parser.add_argument("manifest", nargs="?", help="whose training utterances it is fitted on: corpora.py; "
+                        "not for --kmeans and codecs with codes of their own")
     parser.add_argument("--encoder", help="fit-semantic: a speech encoder's folder or hub id")
     parser.add_argument("--layer", type=int, default=-1, help="fit-semantic: of its hidden states")
     parser.add_argument("--clusters", type=int, default=1000)
+    parser.add_argument("--kmeans", help="fit-semantic: a k-means of scikit-learn that is there already, as "
+                        "written by joblib, which unpickles it: only from people you trust")
     parser.add_argument("--codec", help="fit-acoustic: a codec's folder or hub id")
     parser.add_argument("--levels", type=int, default=8)
     parser.add_argument("--codes", type=int, default=1024, help="fit-acoustic, Lyra: codes of a level")
@@ -147,24 +167,32 @@ def main(arguments):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
-    manifest = Manifest(args.manifest)
-    order = np.random.default_rng(args.seed).permutation(manifest.numbers("train"))
-    paths = (row["audio"] for row in manifest.rows(order) if row["audio"])
+    paths = None
+    if args.manifest:
+        manifest = Manifest(args.manifest)
+        order = np.random.default_rng(args.seed).permutation(manifest.numbers("train"))
+        paths = (row["audio"] for row in manifest.rows(order) if row["audio"])
     work = f"{args.folder}/{args.what}"                                     # can be deleted afterwards
     os.makedirs(work, exist_ok=True)
     if args.what == "fit-semantic":
         if not args.encoder:
             raise ValueError("which encoder? --encoder=FOLDER or hub id")
         encoder = SpeechEncoder(args.encoder, args.layer, args.device)
-        x = collect(work, paths, encoder.features, args.frames)
-        clusters = fit_clusters(x, args.clusters, f"{work}/clusters.safetensors", seed=args.seed)
-        where = os.path.abspath(args.encoder) if os.path.isdir(args.encoder) else args.encoder
+        if args.kmeans:
+            clusters = read_kmeans(args.kmeans, encoder)
+        else:
+            x = collect(work, paths, encoder.features, args.frames)
+            clusters = fit_clusters(x, args.clusters, f"{work}/clusters.safetensors", seed=args.seed)
+        where = os.path.abspath(args.encoder) if os.path.exists(args.encoder) else args.encoder
         add_part(args.folder, "semantic", {"encoder": where, "layer": args.layer}, {"clusters": clusters})
     else:
         if not args.codec:
             raise ValueError("which codec? --codec=FOLDER or hub id")
-        where = os.path.abspath(args.codec) if os.path.isdir(args.codec) else args.codec
+        where = os.path.abspath(args.codec) if os.path.exists(args.codec) else args.codec
         if os.path.exists(f"{args.codec}/soundstream_encoder.tflite"):
+            for name in LYRA_FILES:         # small enough that the tokenizer takes them along
+                shutil.copy(f"{args.codec}/{name}", f"{args.folder}/{name}")
+            where = "."
             x = collect(work, paths, Lyra(args.codec).features, min(args.frames, 200_000))
             x = torch.from_numpy(np.array(x, dtype=np.float32))
             arrays = {"books": fit_books(x, args.levels, args.codes, args.seed)}

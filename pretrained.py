@@ -7,9 +7,17 @@ two steps, which prepare.py and train.py then take as --audio_tokenizer=FOLDER:
 Encoder: a folder or hub id of Whisper, HuBERT, WavLM or wav2vec 2.0.  Codec: a folder with Lyra v2's
 SoundStream (tflite files; its own 46 x 16 quantisers or 8 x 1024 fitted ones), or DAC, X-codec, EnCodec,
 Mimi in Hugging Face's form, whose own codes are taken. Both must make 50 frames a second.
+
+OpusLM's own tokens, of XEUS and ESPnet's DAC, come through the espnet package, from files that are downloaded
+before, with config.yaml beside them (not run: we do not have them; espnet unpickles, so trust them first):
+  fit-semantic FOLDER --encoder=xeus/model/xeus_checkpoint_new.pth --layer=18 \
+      --kmeans=xeus/model/km_opus_lm.mdl
+  fit-acoustic FOLDER --codec=codec/360epoch.pth
 """
+import importlib
 import json
 import os
+import shutil
 
 import numpy as np
 import soxr
@@ -21,6 +29,7 @@ from tokenize_text import find_folder
 
 VERSION = 1
 WEIGHTS = ("config.json", "preprocessor_config.json", "model.safetensors", "pytorch_model.bin")
+LYRA_FILES = ("soundstream_encoder.tflite", "lyragan.tflite", "codebooks.npy")
 WINDOW_S, CONTEXT_S = 30.0, 2.0     # long audio goes in windows; frames so near a cut come from the next one
 BATCH_S = 480               # seconds of audio in a batch, on a GPU; on a CPU one utterance after the other
 FRAME_HZ = SAMPLE_RATE / HOP
@@ -46,15 +55,33 @@ def windows(n, size, context):
     return result
 
 
+def espnet_model(task, path, device):
+    """A model of the espnet package: task is ssl or gan_codec, path its .pth file."""
+    try:
+        tasks = importlib.import_module(f"espnet2.tasks.{task}")
+    except ImportError:
+        raise ValueError(f"{path} needs ESPnet: pip install espnet") from None
+    if not os.path.isfile(path) or not os.path.isfile(f"{os.path.dirname(path)}/config.yaml"):
+        raise ValueError(f"{path}: no such file, or no config.yaml beside it")
+    build = {"ssl": "SSLTask", "gan_codec": "GANCodecTask"}[task]
+    return getattr(tasks, build).build_model_from_file(None, path, device)[0].eval().requires_grad_(False)
+
+
 class SpeechEncoder:
     """A layer of a pretrained speech encoder: wav (n,) at 16 kHz -> (T, C) at 50 Hz, T = ceil(n / HOP)."""
 
     def __init__(self, name, layer=-1, device="cpu"):
-        """layer: of hidden_states, 0 being the input of the first one; -1 is the last."""
+        """layer: of hidden_states, 0 being the input of the first one; -1 is the last. Of XEUS (a .pth file)
+        it is a block's output, 0 being the first one's, as OpusLM counts."""
+        self.layer, self.device, self.batch_s = layer, device, 0 if device == "cpu" else BATCH_S
+        if name.endswith(".pth"):
+            self.model, self.kind = espnet_model("ssl", name, device), "xeus"
+            self.normalise, self.can_mask = False, True
+            return
         from transformers import AutoConfig, AutoModel, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
         folder = find_folder(name, WEIGHTS)
         config = AutoConfig.from_pretrained(folder)
-        self.layer, self.device, self.kind = layer, device, config.model_type
+        self.kind = config.model_type
         model = AutoModel.from_pretrained(folder, dtype=torch.float32)
         if self.kind == "whisper":
             self.model, hop = model.encoder, 2 * 160
@@ -69,7 +96,6 @@ class SpeechEncoder:
             raise ValueError(f"{name} is a {self.kind} model: we know Whisper, HuBERT, WavLM and wav2vec 2.0")
         # one normalised over time (HuBERT-base) would notice its neighbours' padding
         self.can_mask = getattr(config, "feat_extract_norm", "layer") == "layer"
-        self.batch_s = 0 if device == "cpu" else BATCH_S
         if hop != HOP:
             raise ValueError(f"{name} makes {SAMPLE_RATE / hop:g} frames a second, we need {FRAME_HZ:g}")
         if not -depth - 1 <= layer <= depth:
@@ -116,6 +142,15 @@ class SpeechEncoder:
         lengths = [len(wav) // HOP for wav in wavs]
         if self.kind == "whisper":      # always sees 30 s, the rest silence
             x, mask = self.prepare(wavs, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features, {}
+        elif self.kind == "xeus":       # as OpusLM: a frame begins where its 20 ms begin
+            x = [torch.from_numpy(np.pad(wav, (0, 80)).astype(np.float32)) for wav in wavs]
+            n = torch.tensor([len(wav) for wav in x])
+            x = torch.nn.utils.rnn.pad_sequence(x, batch_first=True)
+            _, states, _ = self.model.inference_encode(x.to(self.device), n.to(self.device), use_mask=False,
+                                                       use_final_output=False)
+            if not -len(states) <= self.layer < len(states):
+                raise ValueError(f"XEUS has {len(states)} blocks, counted from 0: no layer {self.layer}")
+            return [row[:T].float() for row, T in zip(states[self.layer], lengths)]
         else:                           # without padding in its convolutions: a frame spans 400 samples
             wavs = [torch.from_numpy(np.pad(wav, 40).astype(np.float32)) for wav in wavs]
             x = torch.nn.utils.rnn.pad_sequence(wavs, batch_first=True)
@@ -138,34 +173,45 @@ class Lyra:
         self.load = lambda name: Interpreter(f"{folder}/{name}.tflite", num_threads=1)
         self.own = torch.from_numpy(np.load(f"{folder}/codebooks.npy"))     # (46, 16, 64)
 
-    def run(self, name, rows):
-        """A stateful network, row by row from silence: (T, n) -> (T, m). Loaded anew for each utterance:
-        after reset_all_variables it still remembers the one before."""
+    def start(self, name):
+        """A stateful network that has heard silence -> function (T, n) -> (T, m), which remembers what it
+        got. Loaded anew for each utterance: after reset_all_variables it still knows the one before."""
         model = self.load(name)
         model.allocate_tensors()
         source, target = model.get_input_details()[0], model.get_output_details()[0]
-        out = []
-        for row in rows:
-            model.set_tensor(source["index"], row.reshape(source["shape"]))
-            model.invoke()
-            out.append(model.get_tensor(target["index"]).flatten())
-        return np.stack(out)
+
+        def run(rows):
+            out = []
+            for row in rows:
+                model.set_tensor(source["index"], row.reshape(source["shape"]))
+                model.invoke()
+                out.append(model.get_tensor(target["index"]).flatten())
+            return np.stack(out)
+
+        return run
 
     def features(self, wav):
         """wav (n,) at 16 kHz -> (T, 64), T = ceil(n / HOP)."""
         T = -(-len(wav) // HOP)
         frames = np.pad(wav, (0, T * HOP - len(wav))).reshape(T, HOP)
-        return torch.from_numpy(self.run("soundstream_encoder", frames))
+        return torch.from_numpy(self.start("soundstream_encoder")(frames))
 
     def sound(self, features):
         """(T, 64) -> wav (T * HOP,)."""
-        return self.run("lyragan", features.numpy().astype(np.float32)).flatten()
+        return self.start("lyragan")(features.numpy()).flatten()
 
 
 class NeuralCodec:
-    """DAC, X-codec, EnCodec or Mimi of transformers: its first n_level levels of codes."""
+    """DAC, X-codec, EnCodec or Mimi of transformers, or ESPnet's codec (a .pth file with config.yaml beside):
+    its first n_level levels of codes."""
 
     def __init__(self, name, n_level=8, device="cpu"):
+        if name.endswith(".pth"):
+            self.model, self.kind = espnet_model("gan_codec", name, device), "espnet"
+            about, self.n_level, self.device = self.model.meta_info(), n_level, device
+            self.rate, self.n_code = about["fs"], about["code_size_per_stream"][0]
+            self.check_rate(name)
+            return
         from transformers import AutoConfig, AutoModel
         folder = find_folder(name, WEIGHTS)
         config = AutoConfig.from_pretrained(folder)
@@ -175,8 +221,11 @@ class NeuralCodec:
         self.n_level, self.device = n_level, device
         self.model = AutoModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
         self.model.requires_grad_(False)
-        n = 8 * self.rate
-        self.n_code, self.frame_hz = config.codebook_size, len(self.codes(np.zeros(n, np.float32))) / 8
+        self.n_code = config.codebook_size
+        self.check_rate(name)
+
+    def check_rate(self, name):
+        self.frame_hz = len(self.codes(np.zeros(8 * self.rate, np.float32))) / 8
         if abs(self.frame_hz - FRAME_HZ) > 0.5:
             raise ValueError(f"{name} makes {self.frame_hz:.4g} frames a second, we need {FRAME_HZ:g}; "
                              "DAC at 16 kHz and X-codec do")
@@ -185,7 +234,10 @@ class NeuralCodec:
     def codes(self, wav):
         """wav (n,) at the codec's own rate -> (T, n_level)."""
         x = torch.from_numpy(wav)[None, None].to(self.device)
-        codes = self.model.encode(x).audio_codes
+        if self.kind == "espnet":
+            codes = self.model.encode(x).transpose(0, 1)                    # (1, n_level, T)
+        else:
+            codes = self.model.encode(x).audio_codes
         codes = codes[0] if codes.ndim == 4 else codes                      # EnCodec: chunks first
         if codes.shape[1] < self.n_level:
             raise ValueError(f"the codec has {codes.shape[1]} levels, {self.n_level} are wanted")
@@ -197,6 +249,8 @@ class NeuralCodec:
         codes = codes.T[None].to(self.device)                               # (1, n_level, T)
         if self.kind == "encodec":
             wav = self.model.decode(codes[None], [None]).audio_values
+        elif self.kind == "espnet":
+            wav = self.model.decode(codes.transpose(0, 1))
         elif self.kind == "dac":
             wav = self.model.decode(audio_codes=codes).audio_values
         else:
@@ -210,10 +264,11 @@ class PretrainedTokenizer:
     """encode, decode, save, load and the sizes, as any tokenizer of ours (tokenize_audio.Tokenizer)."""
     sample_rate, frame_hz = SAMPLE_RATE, FRAME_HZ
 
-    def __init__(self, about, arrays, device="cpu"):
+    def __init__(self, about, arrays, folder="", device="cpu"):
         """about: {"semantic": {encoder, layer}, "acoustic": {codec, levels}}; arrays: clusters (K, C), and
-        books (levels, codes, 64) for Lyra. The networks are loaded when first needed."""
-        self.about, self.arrays, self.device = about, arrays, device
+        books (levels, codes, 64) for Lyra, whose files are in `folder` if its codec is ".". The networks are
+        loaded when first needed."""
+        self.about, self.arrays, self.folder, self.device = about, arrays, folder, device
         self.n_semantic = len(arrays["clusters"])
         books = arrays.get("books")
         self.n_level, self.n_acoustic = about["acoustic"]["levels"], about["acoustic"]["codes"]
@@ -225,7 +280,8 @@ class PretrainedTokenizer:
         if encode and self.encoder is None:
             self.encoder = SpeechEncoder(semantic["encoder"], semantic["layer"], self.device)
         if self.codec is None:
-            self.codec = (Lyra(acoustic["codec"]) if "books" in self.arrays else
+            where = self.folder if acoustic["codec"] == "." else acoustic["codec"]
+            self.codec = (Lyra(where) if "books" in self.arrays else
                           NeuralCodec(acoustic["codec"], self.n_level, self.device))
 
     def encode(self, wav, sr=SAMPLE_RATE):
@@ -256,14 +312,34 @@ class PretrainedTokenizer:
             return np.zeros(0, np.float32)
         self.start(False)
         if "books" in self.arrays:
-            wav = self.codec.sound(sum(book[code] for book, code in zip(self.arrays["books"], codes.T)))
+            wav = self.codec.sound(self.looked_up(codes))
         else:
             wav = soxr.resample(self.codec.sound(codes), self.codec.rate, SAMPLE_RATE)
         wav = np.pad(wav, (0, max(0, len(codes) * HOP - len(wav))))[:len(codes) * HOP]
         return (wav / max(1.0, np.abs(wav).max())).astype(np.float32)
 
+    def looked_up(self, codes):
+        """Lyra's codes (T, levels) -> features (T, 64)."""
+        return sum(book[code] for book, code in zip(self.arrays["books"], codes.T))
+
+    def start_decoding(self):
+        """For speech that is still being made: function codes (T, N) -> wav (T * HOP,) that goes on where it
+        stopped; the pieces are the whole, but for its loudness where that clips. None if the codec can't."""
+        if "books" not in self.arrays:
+            return None
+        self.start(False)
+        run = self.codec.start("lyragan")
+
+        def decode_next(codes):
+            codes = torch.as_tensor(np.asarray(codes), dtype=torch.long)[:, -self.n_level:]     # (T, level)
+            return run(self.looked_up(codes).numpy()).flatten().clip(-1, 1)
+
+        return decode_next
+
     def save(self, folder):
         os.makedirs(folder, exist_ok=True)
+        for name in LYRA_FILES if self.about["acoustic"]["codec"] == "." else ():
+            shutil.copy(f"{self.folder}/{name}", f"{folder}/{name}")
         save_file({name: array.contiguous().numpy() for name, array in self.arrays.items()},
                   f"{folder}/codebooks.safetensors")
         with open(f"{folder}/audio_tokenizer.json", "w") as f:
@@ -278,4 +354,4 @@ class PretrainedTokenizer:
             raise ValueError(f"{folder} is half a tokenizer: run tokenize_audio.py {missing[0]} too")
         arrays = load_file(f"{folder}/codebooks.safetensors")
         return cls({part: about[part] for part in ("semantic", "acoustic")},
-                   {name: torch.from_numpy(array) for name, array in arrays.items()}, device)
+                   {name: torch.from_numpy(array) for name, array in arrays.items()}, folder, device)

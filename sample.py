@@ -57,9 +57,13 @@ class Speaker:
 
     def decode(self, codes):
         """codes (T, N) -> wav (n,) at 16 kHz."""
+        return self.voice().decode(codes)
+
+    def voice(self):
+        """The audio tokenizer. ValueError if what the model says has no sound."""
         if self.tokenizer is None or self.config.token_streams == "semantic":
             raise ValueError(f"{self.run} has no acoustic tokens: what it says has no sound")
-        return self.tokenizer.decode(codes)
+        return self.tokenizer
 
     def max_speech(self):
         return int(self.config.max_speech_s * Tokenizer.frame_hz)
@@ -112,9 +116,11 @@ class Speaker:
     def synthesise_stream(self, text, prompt, generator=None, chunk=25, overlap=6):
         """Yields wav pieces (n,) at 16 kHz while it decodes: every `chunk` frames what is certain by then.
 
-        A piece is decoded with `overlap` frames of the one before, into which it is faded, since phases do
-        not fit at a border. Frame t is complete N-1 steps after its semantic token.
+        Where the codec goes on by itself, pieces fit. Else one is decoded with `overlap` frames of the one
+        before, into which it is faded, since phases do not fit at a border. Frame t is complete N-1 steps
+        after its semantic token.
         """
+        decode_next = self.voice().start_decoding()
         done, tail, hop = 0, np.zeros(0, np.float32), int(Tokenizer.sample_rate / Tokenizer.frame_hz)
         going = steps(self.model, self.vocab, [self.tts_prefix(text, prompt)],
                       *self.speech_options(3, generator))
@@ -124,6 +130,12 @@ class Speaker:
             state, count = next(going, None), count + 1
             ready = int(min(eos - known, count - self.vocab.n_stream))      # complete frames
             if state is not None and ready - done < chunk:
+                continue
+            if decode_next:
+                codes = speech_codes(self.vocab, frames[0, known[0] + done:known[0] + ready])
+                done = ready
+                if len(codes):
+                    yield decode_next(codes)
                 continue
             start = max(0, done - len(tail) // hop)
             wav = self.decode(speech_codes(self.vocab, frames[0, known[0] + start:known[0] + ready]))

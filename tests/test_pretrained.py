@@ -1,6 +1,8 @@
 """Claim: pretrained encoders and codecs are tokenizers like our own: 50 Hz, no seams, the same folder."""
 import json
 import os
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -138,6 +140,53 @@ def test_fitted_by_the_command_line_it_is_a_tokenizer_like_any_other(tmp_path):
     assert code == 2 and "which encoder" in err
 
 
+class FakeXeus(torch.nn.Module):
+    """As espnet's SSL model answers: the last output, those of all blocks, lengths."""
+    def inference_encode(self, speech, lengths, use_mask, use_final_output):
+        assert not use_mask and not use_final_output and lengths.tolist() == [speech.shape[1]] * len(speech)
+        frames = speech.unfold(1, 400, 320)                                 # (B, T, 400), as its convolutions
+        return None, [frames[..., :4] + k for k in range(3)], None
+
+
+class FakeCodec(torch.nn.Module):
+    def meta_info(self):
+        return {"fs": 16000, "code_size_per_stream": [1024] * 32}
+
+    def encode(self, audio):                                                # (streams, B, T)
+        return (audio[:, 0, ::320].abs() * 100).long()[None].repeat(32, 1, 1)
+
+    def decode(self, codes):
+        assert codes.shape[0] == 8
+        return codes[0][:, None].float().repeat_interleave(320, 2) / 100
+
+
+def test_opuslms_own_tokens_come_through_espnet(tmp_path, monkeypatch):
+    """What we ask of the espnet package and how we read its answers; its weights are not at hand."""
+    with pytest.raises(ValueError, match="pip install espnet"):
+        SpeechEncoder(str(tmp_path / "xeus.pth"), 2)
+
+    def fake(name, model):
+        build = staticmethod(lambda config, path, device: (model(), None))
+        return type(name, (), {"build_model_from_file": build})
+
+    modules = {"espnet2.tasks.ssl": {"SSLTask": fake("SSLTask", FakeXeus)},
+               "espnet2.tasks.gan_codec": {"GANCodecTask": fake("GANCodecTask", FakeCodec)}}
+    for name, content in (modules | {"espnet2": {}, "espnet2.tasks": {}}).items():
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**content))
+    with pytest.raises(ValueError, match="config.yaml"):
+        SpeechEncoder(str(tmp_path / "xeus.pth"), 2)
+    for name in ("xeus.pth", "config.yaml"):
+        (tmp_path / name).touch()
+    wav = noise(2)
+    features = SpeechEncoder(str(tmp_path / "xeus.pth"), 2).features(wav)
+    assert features.shape == (100, 4) and torch.allclose(features[7], torch.from_numpy(wav[2240:2244]) + 2)
+    with pytest.raises(ValueError, match="3 blocks"):
+        SpeechEncoder(str(tmp_path / "xeus.pth"), 18).features(wav)
+    codec = NeuralCodec(str(tmp_path / "xeus.pth"), 8)
+    assert codec.codes(wav).shape == (100, 8) and (codec.n_code, codec.rate) == (1024, 16000)
+    assert codec.sound(codec.codes(wav)).shape == (32000,)
+
+
 @pytest.mark.skipif(not shared_folder(), reason="no real codec here")
 def test_lyras_own_quantisers_give_back_real_speech():
     pytest.importorskip("ai_edge_litert")
@@ -153,4 +202,7 @@ def test_lyras_own_quantisers_give_back_real_speech():
     sound = lyra.sound(again)
     loud = lambda wav: np.log(np.abs(wav[:48000 // 320 * 320]).reshape(-1, 320).mean(1) + 1e-3)
     assert np.corrcoef(loud(wav), loud(sound))[0, 1] > 0.9
-    torch.testing.assert_close(lyra.features(wav), x), "from silence each time"
+    torch.testing.assert_close(lyra.features(wav), x)      # from silence each time
+    go_on = lyra.start("lyragan")
+    pieces = [go_on(rows.numpy()).flatten() for rows in again.split(40)]
+    assert np.array_equal(np.concatenate(pieces), sound), "piece by piece as it is made"

@@ -110,6 +110,13 @@ def test_streamed_speech_is_the_speech_in_pieces(tiny_run, tiny_data, monkeypatc
     streamed, at_once = loud(np.concatenate(pieces)), loud(speaker.decode(whole))
     assert np.corrcoef(streamed, at_once)[0, 1] > 0.9, "the same sound, frame by frame"
 
+    def goes_on():      # a codec that needs no overlap gets every frame once
+        return lambda codes: np.repeat(np.asarray(codes)[:, 1], 320)
+
+    monkeypatch.setattr(speaker.tokenizer, "start_decoding", goes_on)
+    pieces = list(speaker.synthesise_stream(text, codes, torch.Generator().manual_seed(3), chunk=10))
+    assert np.array_equal(np.concatenate(pieces), np.repeat(np.asarray(whole)[:, 1], 320))
+
 
 def test_batches_decode_like_single_utterances(tiny_run, tiny_data):
     speaker, dataset = Speaker(tiny_run, dtype="float32"), Dataset(tiny_data, "seen")
