@@ -125,13 +125,15 @@ class Loader:
     """Packed training batches of one dataset."""
 
     def __init__(self, dataset, mixture, n_row, row_frames, prompt_len, seed, special_weight=1.0,
-                 loss_region="whole"):
-        """mixture: {task: weight}.  n_row: rows of the global batch.  prompt_len: voice prompt frames."""
+                 loss_region="whole", grow=False):
+        """mixture: {task: weight}.  n_row: rows of the global batch.  prompt_len: voice prompt frames.
+        grow: longer rows, where an example needs them, instead of an error."""
         for task in mixture:
             if task not in TASKS:
                 raise ValueError(f"unknown task {task!r} in the mixture; "
                                  f"interleave.py has {', '.join(TASKS)}")
         self.dataset, self.vocab = dataset, dataset.vocab
+        self.n_row, self.row_frames, self.prompt_len, self.seed = n_row, row_frames, prompt_len, seed
         self.tasks = [task for task, weight in mixture.items() if weight > 0]
         spoken, written = dataset.index[:, 1] > 0, dataset.index[:, 3] > 0
         self.pool = {}              # {task: utterances that have what it needs}
@@ -142,15 +144,23 @@ class Loader:
             if len(dataset) and not fit.any():
                 raise ValueError(f"the mixture has {task!r}, but no utterance of {dataset.folder} has what "
                                  f"it needs: {' and '.join(sorted(needs))}")
+            if len(dataset):
+                longest = self.pool[task][self.length(task, self.pool[task]).argmax()]
+                length = self.length(task, longest)
+                if length > self.row_frames and not grow:
+                    name = dataset.info["id"][longest]
+                    raise ValueError(f"utterance {name} makes a {task} sequence of {length} frames; rows "
+                                     f"have {row_frames}: raise row_frames or lower max_audio_s")
+                self.row_frames = max(self.row_frames, int(length))
         share = np.array([mixture[task] for task in self.tasks], float)
         self.share = np.cumsum(share / share.sum())
-        self.n_row, self.row_frames, self.prompt_len, self.seed = n_row, row_frames, prompt_len, seed
         self.weights, self.loss_region = self.vocab.weights(special_weight), loss_region
         self.dropped = 0            # drawn but did not fit, over the life of this loader
 
     def length(self, task, i):
-        """Frames that the example (task, utterance i) takes in a row: one fewer than its sequence has."""
-        _, n_frame, _, n_token, _ = self.dataset.index[i].tolist()
+        """Frames that the example (task, utterance i or an array of them) takes in a row: one fewer than its
+        sequence has."""
+        _, n_frame, _, n_token, _ = self.dataset.index[i].T
         lengths = {"speech": n_frame, "text": n_token, "prompt": self.prompt_len}
         return task_length(self.vocab, task, lengths) - 1
 
@@ -165,10 +175,6 @@ class Loader:
             task = self.tasks[np.searchsorted(self.share[:-1], rng.random(), side="right")]
             i = int(self.pool[task][rng.integers(len(self.pool[task]))])
             length = self.length(task, i)
-            if length > self.row_frames:
-                name = self.dataset.info["id"][i]
-                raise ValueError(f"utterance {name} makes a {task} sequence of {length} frames; rows have "
-                                 f"{self.row_frames}: raise row_frames or lower max_audio_s")
             total += length
             if total > capacity:
                 break

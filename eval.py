@@ -8,6 +8,7 @@ Synthesis is judged on its sound: the wav is tokenized again and read by the mod
 too kind, and by Whisper, where given, next to the original recordings, as they are and tokenized and decoded.
 """
 import argparse
+import functools
 import json
 import math
 import os
@@ -25,8 +26,10 @@ from checkpoint import same_vocab
 from data import Dataset, Loader
 from heads import batch_loss, mean_losses
 from sample import Speaker
-from spoken_numbers import ONES, cardinal, digits
+from spoken_numbers import ONES, TENS, cardinal, digits
 from tokenize_audio import Tokenizer, load_audio
+
+NUMBER_WORDS = {*ONES, *TENS, "hundred", "thousand", "and"}
 
 
 def edit_distance(reference, hypothesis):
@@ -63,8 +66,26 @@ def spell_out(hypothesis, reference):
     return " ".join(re.sub(r"[^a-z ]", " ", re.sub(r"\d+", words, text)).split())
 
 
+def comparable(reference, hypothesis):
+    """What was said and what Whisper wrote, both in one spelling -> (reference, hypothesis). Spoken numbers
+    are spelled out; for all else we take Whisper's own English normaliser."""
+    if set(reference.split()) <= NUMBER_WORDS:
+        return reference, spell_out(hypothesis, reference)
+    normalise = english()
+    return normalise(reference), normalise(hypothesis)
+
+
+@functools.cache
+def english():
+    try:
+        from whisper_normalizer.english import EnglishTextNormalizer
+    except ImportError:
+        raise ValueError("--whisper needs whisper-normalizer: pip install -e '.[eval]'") from None
+    return EnglishTextNormalizer()
+
+
 class Whisper:
-    """An external judge through faster-whisper: hear(wav) -> words."""
+    """An external judge through faster-whisper: hear(wav) -> what it wrote."""
 
     def __init__(self, folder):
         try:
@@ -73,13 +94,13 @@ class Whisper:
             raise ValueError("--whisper needs faster-whisper: pip install -e '.[eval]'") from None
         self.model = WhisperModel(folder, device="cpu", compute_type="float32", cpu_threads=os.cpu_count())
 
-    def hear(self, wav, reference):
-        """wav (n,) at 16 kHz, with silence around it (Whisper is poor on bare short clips) -> words."""
+    def hear(self, wav):
+        """wav (n,) at 16 kHz, with silence around it (Whisper is poor on bare short clips) -> text."""
         silence = np.zeros(Tokenizer.sample_rate // 2, np.float32)
         padded = np.concatenate([silence, wav.astype(np.float32), silence])
         segments, _ = self.model.transcribe(padded, language="en", beam_size=1, without_timestamps=True,
                                             condition_on_previous_text=False)
-        return spell_out(" ".join(segment.text for segment in segments), reference)
+        return " ".join(segment.text for segment in segments)
 
 
 # ---- the parts ---------------------------------------------------------------------------------------------
@@ -110,11 +131,13 @@ def evaluate_tts(speaker, dataset, limit, folder, whisper=None, seed=0):
                           "resynthesised": word_error_rate(references, read(copies), cap=True)},
               "whisper": None}
     if whisper:
-        originals = [load_audio(path) for path in dataset.info["audio"][:n]]
-        judge = {name: word_error_rate(references, [whisper.hear(wav, text) for wav, text in zip(
-            tqdm(group, f"Whisper: {name}", mininterval=2), references)], cap=True)
-                 for name, group in (("wer", wavs), ("resynthesised", copies), ("original", originals))}
-        result["whisper"] = judge | {"n": n}
+        result["whisper"], groups = {"n": n, "original": None}, {"wer": wavs, "resynthesised": copies}
+        if all(map(os.path.exists, dataset.info["audio"][:n])):     # data from elsewhere come without
+            groups["original"] = map(load_audio, dataset.info["audio"][:n])
+        for name, group in groups.items():
+            heard = [comparable(text, whisper.hear(wav)) for wav, text in zip(
+                tqdm(group, f"Whisper: {name}", n, mininterval=2), references)]
+            result["whisper"][name] = word_error_rate(*zip(*heard), cap=True)
     os.makedirs(folder, exist_ok=True)
     for i in range(min(4, n)):
         name = f"{folder}/{i}_{references[i].replace(' ', '_')[:60]}"
@@ -135,7 +158,7 @@ def perplexities(speaker, dataset, n_batch=4):
     if len(dataset) == 0:
         return None
     mixture = {"asr": 1, "tts": 1}
-    loader = Loader(dataset, mixture, 2, c.row_frames, c.prompt_len, 0, loss_region=c.loss_region)
+    loader = Loader(dataset, mixture, 2, c.row_frames, c.prompt_len, 0, loss_region=c.loss_region, grow=True)
     reports = [batch_loss(speaker.model, loader.batch(step), c.softmax)[1] for step in range(n_batch)]
     losses = mean_losses([sum(column) for column in zip(*reports)], loader.vocab.stream_names)
     return {name: math.exp(loss) for name, loss in losses.items()}

@@ -66,10 +66,10 @@ def make_optimizers(config, model, dtype):
     return optimizers
 
 
-def make_loader(config, dataset):
+def make_loader(config, dataset, grow=False):
     c = config
     return Loader(dataset, c.mixture, c.batch_rows, c.row_frames, c.prompt_len, c.seed, c.special_weight,
-                  c.loss_region)
+                  c.loss_region, grow)
 
 
 @torch.no_grad()
@@ -103,7 +103,7 @@ def check(config, dataset, world, going_on=False):
     if config.softmax not in ("grammar", "original"):
         raise ValueError(f"softmax is 'grammar' or 'original', not {config.softmax!r}")
     compute_dtype(config.dtype, torch.device("cpu"))
-    make_loader(config, dataset).plan(0)
+    make_loader(config, dataset)
     meta_model(config, dataset.vocab)
     if config.track and not importlib.util.find_spec(config.track):
         raise ValueError(f"track={config.track!r} is not installed: pip install {config.track}")
@@ -144,7 +144,7 @@ def train(config, folder, going_on=False):
                          f"no checkpoint in {config.out_dir} is whole: delete them to start again")
     dataset.vocab = seen.vocab = starting_vocab(found or config.init_from, dataset.vocab)
     fill_start = check(config, dataset, world, found)
-    loader, held_out = make_loader(config, dataset), make_loader(config, seen) if len(seen) else None
+    loader, held_out = make_loader(config, dataset), make_loader(config, seen, True) if len(seen) else None
 
     # the model: made without memory, shared out over the workers, then filled
     dtype = compute_dtype(config.dtype, device)

@@ -83,7 +83,10 @@ def test_impossible_wishes_are_explained(loader, tiny_data):
     with pytest.raises(ValueError, match="unknown task 'sing'"):
         Loader(loader.dataset, {"sing": 1}, 2, 512, 20, 0)
     with pytest.raises(ValueError, match="raise row_frames"):
-        Loader(loader.dataset, MIXTURE, 2, 64, 20, 0).plan(0)
+        Loader(loader.dataset, MIXTURE, 2, 64, 20, 0)
+    longest = Loader(loader.dataset, MIXTURE, 2, 64, 20, 0, grow=True).row_frames
+    lengths = [loader.length(task, i) for task in MIXTURE for i in range(len(loader.dataset))]
+    assert longest == max(lengths), "an evaluation takes them as they are"
 
 
 def test_the_loader_feeds_a_fast_gpu_from_one_core(tmp_path):

@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from eval import edit_distance, spell_out, word_error_rate
+from eval import comparable, edit_distance, spell_out, word_error_rate
 
 
 def test_word_error_rate_agrees_with_jiwer():
@@ -27,3 +27,9 @@ def test_the_cap_keeps_one_endless_answer_from_standing_for_all():
     ("123456", "nine hundred", "one two three four five six")])
 def test_numerals_are_spelled_out_as_the_reference_is(heard, reference, words):
     assert spell_out(heard, reference) == words
+    assert comparable(reference, heard) == (reference, words)
+
+
+def test_other_texts_are_compared_in_whispers_own_spelling():
+    pytest.importorskip("whisper_normalizer")
+    assert len(set(comparable("mister smith doesn't pay twenty dollars", "Mr. Smith does not pay $20."))) == 1

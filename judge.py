@@ -1,0 +1,137 @@
+"""Judge: what an audio tokenizer keeps, in sound and in words.
+
+Helper, outside the reading order:
+  python judge.py sound TOKENIZER manifest.tsv --whisper=whisper-base --n=40
+      tokenizes and decodes evaluation utterances: WER by Whisper of the originals and of what comes back
+      (with --whisper; pip install -e '.[eval]'), PESQ and STOI (where pesq and pystoi are installed), speed
+  python judge.py words DATA [OTHER_DATA ...]
+      do semantic tokens tell words apart, whoever speaks them? X and A are one word by two speakers, B is
+      another word by A's: how often is X nearer to B (edit distance of the tokens)? 50 % is chance. Where
+      words are comes from the first folder's align.npz (align.py); the others hold the same utterances.
+"""
+import argparse
+import os
+import sys
+import time
+
+import numpy as np
+import torch
+
+from corpora import Manifest
+from data import Dataset
+from eval import Whisper, comparable, edit_distance, word_error_rate
+from prepare import read_utterance
+from tokenize_audio import SAMPLE_RATE, Tokenizer
+
+
+def judge_sound(tokenizer, wavs, texts, whisper=None):
+    """wavs [(n,)] at 16 kHz and what is said in them -> {measure: number}; measures without their package are
+    left out."""
+    seconds, codes, began = sum(map(len, wavs)) / SAMPLE_RATE, [], time.perf_counter()
+    for wav in wavs:
+        codes.append(tokenizer.encode(wav))
+    encoded = time.perf_counter()
+    copies = [tokenizer.decode(code) for code in codes]
+    result = {"seconds": seconds, "encoding, times real time": seconds / (encoded - began),
+              "decoding, times real time": seconds / (time.perf_counter() - encoded)}
+    pairs = [(wav[:len(copy)], copy[:len(wav)]) for wav, copy in zip(wavs, copies)]
+    try:
+        from pesq import pesq
+        result["PESQ, wide band"] = np.mean([pesq(SAMPLE_RATE, *pair, "wb") for pair in pairs])
+    except ImportError:
+        print("no PESQ: pip install pesq")
+    try:
+        from pystoi import stoi
+        result["STOI"] = np.mean([stoi(*pair, SAMPLE_RATE) for pair in pairs])
+    except ImportError:
+        print("no STOI: pip install pystoi")
+    if whisper:
+        for name, group in (("WER of the originals, %", wavs), ("WER after decoding, %", copies)):
+            heard = [comparable(text, whisper.hear(wav)) for text, wav in zip(texts, group)]
+            result[name] = word_error_rate(*zip(*heard))
+    return result
+
+
+def merged(tokens):
+    """Tokens (T,) without repetitions of the one before, as a list."""
+    return tokens[np.flatnonzero(np.diff(tokens, prepend=-1))].tolist()
+
+
+def judge_words(folders, n=3000, letters=4, seed=0):
+    """-> [% of n triples (X, A, B) in which a folder's tokens put X nearer to the wrong word], half a triple
+    where both are as near. The same triples for each folder; words of at least so many letters."""
+    datasets, rng = [Dataset(folder, "train") for folder in folders], np.random.default_rng(seed)
+    first = datasets[0]
+    for dataset in datasets[1:]:
+        if dataset.info["id"] != first.info["id"]:
+            raise ValueError(f"{dataset.folder} and {first.folder} do not hold the same utterances")
+    if not os.path.exists(f"{first.folder}/align.npz"):
+        raise ValueError(f"{first.folder} has no align.npz: run align.py {first.folder} first")
+    places, by_word, by_speaker = np.load(f"{first.folder}/align.npz")["words"].tolist(), {}, {}
+    texts = [text.lower().split() for text in first.info["text"]]
+    for k, (i, number, _, _) in enumerate(places):
+        if len(texts[i][number]) >= letters:
+            by_word.setdefault(texts[i][number], []).append(k)
+            by_speaker.setdefault(first.info["speaker"][i], []).append(k)
+    speaker = lambda k: first.info["speaker"][places[k][0]]
+    word = lambda k: texts[places[k][0]][places[k][1]]
+    common, triples = [group for group in by_word.values() if len({speaker(k) for k in group}) > 1], []
+    if not common or len(by_word) < 2:
+        raise ValueError(f"{first.folder}: no word is said by two speakers")
+    while len(triples) < n:
+        x, a = rng.choice(common[rng.integers(len(common))], 2)
+        b = rng.choice(by_speaker[speaker(a)])
+        if speaker(x) != speaker(a) and word(b) != word(a):
+            triples.append((x, a, b))
+
+    def wrong(dataset):
+        def piece(k):
+            i, _, start, end = places[k]
+            return merged(dataset[i][0][start:end, 0])
+
+        total = 0.0
+        for triple in triples:
+            x, a, b = map(piece, triple)
+            right, other = (edit_distance(x, y) / max(len(x), len(y), 1) for y in (a, b))
+            total += (other < right) + 0.5 * (other == right)
+        return 100 * total / n
+
+    return [wrong(dataset) for dataset in datasets]
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="what", required=True)
+    sound = commands.add_parser("sound")
+    sound.add_argument("tokenizer", help="folder of a tokenizer")
+    sound.add_argument("manifest")
+    sound.add_argument("--whisper", help="folder of a Whisper model in CTranslate2 form")
+    sound.add_argument("--n", type=int, default=40, help="utterances of unseen speakers, or else any")
+    words = commands.add_parser("words")
+    words.add_argument("data", nargs="+", help="prepared folders")
+    words.add_argument("--n", type=int, default=3000, help="triples")
+    args = parser.parse_args(arguments)
+    if args.what == "words":
+        for folder, error in zip(args.data, judge_words(args.data, args.n)):
+            print(f"{folder}: {error:.1f} % of {args.n} choices between two words are wrong")
+        return
+    manifest, wavs, texts = Manifest(args.manifest), [], []
+    numbers = manifest.numbers("unseen")
+    numbers = numbers if len(numbers) else np.arange(len(manifest.split))
+    for row in manifest.rows(np.random.default_rng(0).permutation(numbers)):
+        if row["audio"] and row["text"] and len(wavs) < args.n:
+            wavs.append(read_utterance(row, 30.0))
+            texts.append(row["text"])
+    torch.set_num_threads(os.cpu_count())
+    whisper = Whisper(args.whisper) if args.whisper else None
+    for name, value in judge_sound(Tokenizer.load(args.tokenizer), wavs, texts, whisper).items():
+        print(f"{name:28s} {value:8.3f}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as problem:
+        print(f"judge.py: {problem}", file=sys.stderr)
+        sys.exit(2)

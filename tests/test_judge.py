@@ -1,0 +1,44 @@
+"""Claim: a tokenizer is judged by what it does to sound and by whether its tokens tell words apart."""
+import shutil
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_here
+
+from data import Dataset
+from judge import judge_sound, judge_words, merged
+from tokenize_audio import Tokenizer, load_audio
+
+
+def test_tokens_of_speech_tell_words_apart_and_random_ones_do_not(tiny_data, tmp_path):
+    folder, random = str(tmp_path / "data"), str(tmp_path / "random")
+    shutil.copytree(tiny_data, folder)
+    assert run_here(ROOT / "align.py", folder)[0] == 0
+    shutil.copytree(folder, random)
+    for path in (tmp_path / "random").glob("train*codes.npy"):
+        codes = np.load(path)
+        np.save(path, np.random.default_rng(0).permutation(codes))
+    speech, noise = judge_words([folder, random], n=2000)
+    assert speech < noise - 4 and 44 < noise < 56, (speech, noise)
+    assert merged(np.array([3, 3, 5, 5, 3])) == [3, 5, 3]
+    code, out, _ = run_here(ROOT / "judge.py", "words", folder, "--n=50")
+    assert code == 0 and "choices between two words are wrong" in out
+    code, _, err = run_here(ROOT / "judge.py", "words", tiny_data)
+    assert code == 2 and "run align.py" in err
+
+
+def test_sound_is_judged_beside_the_originals(tiny_data):
+    """A stand-in for Whisper that understands originals alone finds no error in them and all in the copies."""
+    info = Dataset(tiny_data, "unseen").info
+    wavs, texts = [load_audio(path) for path in info["audio"][:2]], info["text"][:2]
+
+    class Stub:
+        def hear(self, wav):
+            return next((text for own, text in zip(wavs, texts) if own is wav), "")
+
+    tokenizer = Tokenizer.load(f"{tiny_data}/audio_tokenizer")
+    found = judge_sound(tokenizer, wavs, texts, Stub())
+    assert found["WER of the originals, %"] == 0 and found["WER after decoding, %"] == 100
+    assert found["seconds"] == pytest.approx(sum(map(len, wavs)) / 16000)
+    assert found["encoding, times real time"] > 1
+    assert found.get("STOI", 0.7) > 0.5 and found.get("PESQ, wide band", 2) > 1
