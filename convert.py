@@ -101,8 +101,9 @@ def base_weights(folder, config, vocab, seed, said=None):
 
     said (n_semantic, n_text): share of each text token in what is said while a semantic token is active
     (align.py). A semantic row of emb is then the mean of those text rows, at the table's spread, with half
-    as much noise: the LLM understands something of speech before it has seen any. Acoustic rows start at
-    zero then: eight random ones would drown the semantic row in a frame's sum.
+    as much noise: the LLM understands something of speech before it has seen any. Acoustic rows start
+    at a tenth of the spread then: eight of full size would drown the semantic row in a frame's sum. (At zero,
+    frames with nothing else in them get gradients without bound from the first norm.)
     """
     body = read_body(folder)
     wrong = [f"{name} is {body[name]} there, {getattr(config, name)} here" for name in HF_FIELDS
@@ -136,7 +137,7 @@ def base_weights(folder, config, vocab, seed, said=None):
             start, end = config.streams[0]
             rows[start:end] = heard * (text.std() / heard.std()) + 0.5 * rows[start:end]
             for start, end in config.streams[1:]:
-                rows[start:end] = 0
+                rows[start:end] *= 0.1
         rows[slice(*config.text)] = text
         rows[0] = 0             # pad: adds nothing to a frame's sum, and is never predicted
         return rows

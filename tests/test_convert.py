@@ -92,7 +92,7 @@ def test_text_rows_are_the_llms_and_new_rows_have_their_spread(tmp_path):
     rows = base_weights(config.init_from, model.config, VOCAB, 0, said.numpy())["emb"]()
     near = torch.cosine_similarity(rows[slice(*VOCAB.streams[0])], table[7], dim=1)
     assert near.argmax() == 3 and near[3] > 0.8, "cluster 3 starts as the text that goes with it"
-    assert (rows[slice(*VOCAB.streams[1])] == 0).all(), "and nothing acoustic drowns it"
+    assert rows[slice(*VOCAB.streams[1])].std() < 0.11 * table.std(), "and nothing acoustic drowns it"
 
 
 def broken(folder, kind):

@@ -28,7 +28,7 @@ def test_tokens_of_speech_tell_words_apart_and_random_ones_do_not(tiny_data, tmp
 
 
 def test_sound_is_judged_beside_the_originals(tiny_data):
-    """A stand-in for Whisper that understands originals alone finds no error in them and all in the copies."""
+    """A stand-in for Whisper that understands originals alone finds no errors there, all in the copies."""
     info = Dataset(tiny_data, "unseen").info
     wavs, texts = [load_audio(path) for path in info["audio"][:2]], info["text"][:2]
 
