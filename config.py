@@ -41,6 +41,7 @@ class Config:
     softmax: str = "grammar"        # or original: see heads.token_losses
     # model
     init_from: str = ""             # folder or hub id of a base LLM, or of a checkpoint: see convert.py
+    new_rows: float = 1.0           # rows that are not text learn so many times as fast (whole copies only)
     rows_from_text: bool = False    # a base LLM's semantic rows start from text that goes with them: align.py
     model_type: str = "llama"       # or olmo2: see model.Block
     n_layer: int = 6

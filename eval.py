@@ -24,7 +24,8 @@ from tqdm import tqdm
 import prepare
 from checkpoint import same_vocab
 from data import Dataset, Loader
-from heads import batch_loss, mean_losses
+from heads import batch_loss, mean_losses, weighted_loss
+from interleave import build_sequence, speech_frames, text_frames, training_rows
 from sample import Speaker
 from spoken_numbers import ONES, TENS, cardinal, digits
 from tokenize_audio import Tokenizer, load_audio
@@ -164,6 +165,28 @@ def perplexities(speaker, dataset, n_batch=4):
     return {name: math.exp(loss) for name, loss in losses.items()}
 
 
+@torch.no_grad()
+def listening(speaker, dataset, n=40):
+    """Does the model listen? Nats a word that transcripts cost it after their own speech, and after another
+    utterance's -> {"own", "other"}. As long as they are equal it is a language model and nothing else."""
+    n, vocab, scope, result = min(n, len(dataset)), speaker.vocab, speaker.config.softmax, {}
+    if n < 2:
+        return None
+    words = sum(len(text.split()) for text in dataset.info["text"][:n])
+    for name, shift in (("own", 0), ("other", 1)):
+        nats = 0.0
+        for i in range(n):
+            entries = {"speech": speech_frames(vocab, dataset[(i + shift) % n][0]),
+                       "text": text_frames(vocab, dataset[i][1])}
+            rows = training_rows([build_sequence(vocab, "asr", entries, "target")], vocab.weights())
+            tokens, targets, weight, modality = rows
+            hidden = speaker.model(tokens, [len(tokens)])
+            losses = weighted_loss(speaker.model, hidden, targets, weight, modality, scope)[1]
+            nats += float(losses[weight[:, 0] > 0, 0].sum())
+        result[name] = nats / words
+    return result
+
+
 def plot_curves(run):
     """out.jsonl -> curves.png: loss per kind of token, training and held out, and the learning rate."""
     import matplotlib
@@ -217,6 +240,7 @@ def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto"):
     whisper = Whisper(whisper_folder) if whisper_folder else None
     results["tts"], transcripts["tts"] = evaluate_tts(
         speaker, voices, c.tts_utterances, f"{run}/wavs", whisper)
+    results["listening"] = listening(speaker, voices)
     results["perplexity"] = {"seen": perplexities(speaker, seen), "unseen": perplexities(speaker, unseen)}
     record = {"seconds": {}}
     if os.path.exists(f"{run}/run.json"):           # what train.py measured of itself
@@ -240,15 +264,19 @@ def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto"):
 def table(results):
     """The results as a few readable lines."""
     percent = lambda x: "  --  " if x is None else f"{x:5.1f} %"
-    asr, own, whisper = results["asr"], results["tts"]["own_asr"], results["tts"]["whisper"]
+    asr, judged, whisper = results["asr"], results["tts"]["own_asr"], results["tts"]["whisper"]
     lines = [f"ASR WER, new texts   known voices {percent(asr['seen']['wer'])} (n={asr['seen']['n']})"
              f"   new voices {percent(asr['unseen']['wer'])} (n={asr['unseen']['n']})"]
-    if own["n"]:
-        lines.append(f"TTS WER by own ASR   {percent(own['wer'])} (n={own['n']}; originals after tokenizing "
-                     f"{percent(own['resynthesised'])}), {100 * own['ended']:.0f} % ended by themselves")
+    if judged["n"]:
+        lines.append(f"TTS WER by own ASR   {percent(judged['wer'])} (n={judged['n']}; originals after "
+                     f"tokenizing {percent(judged['resynthesised'])}), {100 * judged['ended']:.0f} % ended "
+                     "by themselves")
     if whisper:
         lines.append(f"TTS WER by Whisper   {percent(whisper['wer'])} (originals after tokenizing "
                      f"{percent(whisper['resynthesised'])}, originals {percent(whisper['original'])})")
+    if results["listening"]:
+        own, other = results["listening"]["own"], results["listening"]["other"]
+        lines.append(f"text, nats a word    {own:.2f} after its own speech, {other:.2f} after another's")
     for name, values in results["perplexity"].items():
         if values:
             lines.append(f"perplexity, {name:6s}   " + "  ".join(f"{k} {v:.1f}" for k, v in values.items()))

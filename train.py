@@ -102,6 +102,8 @@ def check(config, dataset, world, going_on=False):
                          f"x grad_accum={config.grad_accum}")
     if config.softmax not in ("grammar", "original"):
         raise ValueError(f"softmax is 'grammar' or 'original', not {config.softmax!r}")
+    if config.new_rows != 1 and config.shard != 1 and world > 1:
+        raise ValueError("new_rows needs whole copies of the model on each worker: --shard=1")
     compute_dtype(config.dtype, torch.device("cpu"))
     make_loader(config, dataset)
     meta_model(config, dataset.vocab)
@@ -178,6 +180,8 @@ def train(config, folder, going_on=False):
     saver = Saver(config, dataset.vocab, rank, world)
     log = Log(config, dataset.vocab.stream_names, state, peak, device, rank)
 
+    tables = (model.emb, model.lm_head) if config.new_rows != 1 else ()
+    fast = [p.data[:dataset.vocab.text_start] for p in tables]
     bad, stop = 0, False
     with signals() as noted:
         while state["step"] < config.max_steps and not stop:
@@ -205,8 +209,11 @@ def train(config, folder, going_on=False):
             norm, loss = float(whole(torch.nn.utils.clip_grad_norm_(params, config.clip))), loss / n_target
 
             if math.isfinite(loss) and math.isfinite(norm):
+                before = [rows.clone() for rows in fast]
                 for optimizer in optimizers:
                     optimizer.step()
+                for rows, old in zip(fast, before):
+                    rows.add_(rows - old, alpha=config.new_rows - 1)
                 bad = 0
             else:
                 bad, state["skipped"] = bad + 1, state["skipped"] + 1

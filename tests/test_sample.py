@@ -10,7 +10,7 @@ from conftest import ROOT, run_here
 from attention import KVCache
 from data import Dataset
 from decode import generate, pick, prepare_for_decoding, step
-from eval import perplexities
+from eval import listening, perplexities
 from heads import stream_logits
 from interleave import EOS, PAD, SPEECH, TEXT, delay, generation_prefix, speech_codes
 from model import Model, ModelConfig
@@ -133,6 +133,22 @@ def test_bfloat16_halves_the_weights_and_reads_about_the_same(tiny_run, tiny_dat
     assert loss["bfloat16"] == pytest.approx(loss["float32"], rel=0.02)
     assert loss["bfloat16"] != loss["float32"]
     assert len(models["bfloat16"].transcribe([Dataset(tiny_data, "seen")[0][0]])) == 1
+
+
+def test_listening_compares_an_utterances_speech_with_anothers(tiny_run, tiny_data):
+    """Transcripts that all follow the same speech cost the same; with speech of their own, they do not."""
+    speaker, dataset = Speaker(tiny_run, dtype="float32"), Dataset(tiny_data, "seen")
+    dataset.vocab = speaker.vocab
+    found = listening(speaker, dataset)
+    assert found["own"] != found["other"] and 1 < found["own"] < 30
+
+    class OneVoice:
+        info = dataset.info
+        __len__ = lambda self: len(dataset)
+        __getitem__ = lambda self, i: (dataset[0][0], dataset[i][1], 0)
+
+    same = listening(speaker, OneVoice())
+    assert same["own"] == same["other"]
 
 
 def test_the_command_line_speaks_and_listens(tiny_run, tiny_data, tmp_path):

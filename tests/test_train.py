@@ -10,6 +10,7 @@ from conftest import ROOT, run_here
 
 from checkpoint import load_model
 from config import load_config
+from data import Dataset
 from eval import evaluate
 from muon import Muon, orthogonalise
 from train import learning_rate, train
@@ -55,6 +56,21 @@ def test_four_micro_steps_of_one_row_are_one_of_four(reference, tiny_data, tiny_
     assert difference(weights, reference[0]) < 1e-4
     for row, other in zip(log, reference[1]):
         assert row["semantic"] == pytest.approx(other["semantic"], rel=1e-5)
+
+
+def test_new_rows_can_learn_faster_than_the_text(tiny_data, tiny_flags, tmp_path):
+    """What is not text moves five times as far in a step of AdamW, and the rest as it always does."""
+    flags = ["--muon_lr=0", "--lr=1e-3", "--warmup=0", "--max_steps=1", "--save_every=1"]
+    still, *moved = (run(tiny_data, tiny_flags, str(tmp_path / name), *flags, *more)[0] for name, more in (
+        ("still", ["--lr=0"]), ("as ever", []), ("fast", ["--new_rows=5"])))
+    text = Dataset(tiny_data, "train").vocab.text_start
+    plain, fast = ({name: weights[name] - still[name] for name in still} for weights in moved)
+    for name in still:
+        if name in ("emb", "lm_head"):
+            torch.testing.assert_close(fast[name][:text], 5 * plain[name][:text], rtol=1e-3, atol=1e-6)
+            assert torch.equal(fast[name][text:], plain[name][text:]) and plain[name][:text].any()
+        else:
+            assert torch.equal(fast[name], plain[name])
 
 
 def test_two_workers_are_one(reference, tiny_flags, tmp_path):
