@@ -17,6 +17,7 @@ class Config:
     out_dir: str = "out/run"
     # data (see prepare.SETTINGS)
     data: str = ""                  # a folder of prepared data, as it is, instead of what follows
+    datasets: dict = field(default_factory=dict)    # {folder: weight}: several, made with the same tokenizers
     data_dir: str = "data"          # prepared corpora live here, each in a folder named by its settings
     corpus: str = "numbers"         # "numbers" or a manifest
     corpus_utterances: int = 9000
@@ -34,14 +35,17 @@ class Config:
     max_audio_s: float = 30.0
     # sequences
     mixture: dict = field(default_factory=lambda: {"asr": 1.0, "tts": 1.0, "speech": 0.1, "text": 0.1})
+    splice_frames: int = 0          # join utterances that follow each other up to this length; 0 = never
     prompt_len: int = 50            # frames of the TTS voice prompt (500 in OpusLM)
     token_streams: str = "both"     # or semantic, acoustic: one half of the speech tokens (ablations)
+    semantic_asr: bool = False      # recognition reads the semantic tokens alone, synthesis keeps all
     loss_region: str = "whole"      # whole (pre-training) or target (fine-tuning)
     special_weight: float = 1.0     # loss weight of markers, task tokens and eos (10 in the original recipes)
     softmax: str = "grammar"        # or original: see heads.token_losses
     # model
     init_from: str = ""             # folder or hub id of a base LLM, or of a checkpoint: see convert.py
     new_rows: float = 1.0           # rows that are not text learn so many times as fast (whole copies only)
+    moments: bool = False           # start with the optimizers' moments of init_from too: see anneal.py
     rows_from_text: bool = False    # a base LLM's semantic rows start from text that goes with them: align.py
     model_type: str = "llama"       # or olmo2: see model.Block
     n_layer: int = 6
@@ -111,8 +115,8 @@ def read_file(path):
     return (read_file(os.path.join(os.path.dirname(path), parent)) if parent else {}) | values
 
 
-def load_config(arguments):
-    """['configs/numbers.py', '--name=value', ...] -> Config. Strings on the command line need no quotes."""
+def read_arguments(arguments):
+    """['configs/numbers.py', '--name=value', ...] -> what they say, as a dict. Strings need no quotes."""
     values, flags = {}, {}
     for argument in arguments:
         if argument.startswith("--"):
@@ -130,7 +134,12 @@ def load_config(arguments):
             if not os.path.isfile(argument):
                 raise ValueError(f"no config file {argument!r}")
             values |= read_file(argument)
-    config = Config(**values | flags)
+    return values | flags
+
+
+def load_config(arguments):
+    """['configs/numbers.py', '--name=value', ...] -> Config."""
+    config = Config(**read_arguments(arguments))
     if config.text_model == "base":
         if not config.init_from:
             raise ValueError("text_model='base' is the tokenizer of init_from, which is not set")

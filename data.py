@@ -27,29 +27,45 @@ from interleave import (
     text_frames,
     training_rows,
 )
-from shards import SHARD_FILES, VERSION, check_shards
+from shards import SHARD_FILES, VERSION, check_shards, checksum
 
 FILL = 0.97                 # of a batch is drawn before packing: most draws then fit whole
+
+
+def read_about(folder):
+    """dataset.json of a prepared folder."""
+    if not os.path.exists(f"{folder}/dataset.json"):
+        raise ValueError(f"{folder} is not a finished dataset: run prepare.py first")
+    with open(f"{folder}/dataset.json") as f:
+        about = json.load(f)
+    if about["version"] != VERSION:
+        raise ValueError(f"{folder} has data version {about['version']}, we read {VERSION}: "
+                         "run prepare.py again")
+    return about
+
+
+def tokenizers(folder):
+    """Checksums of what made the tokens of a prepared folder."""
+    names = [f"text_tokenizer/{name}" for name in sorted(os.listdir(f"{folder}/text_tokenizer"))]
+    names.append("audio_tokenizer/codebooks.safetensors")
+    return [(name, checksum(f"{folder}/{name}")) for name in names]
 
 
 class Dataset:
     """Shards of one split, mapped into memory. ds[i] -> int64 codes (T, N), text ids (M,), speaker number."""
 
-    def __init__(self, folder, split, verify=False, token_streams="both"):
-        """token_streams: what we want of the codes, see Vocab.only.  verify: check the shards' checksums."""
-        if not os.path.exists(f"{folder}/dataset.json"):
-            raise ValueError(f"{folder} is not a finished dataset: run prepare.py first")
-        with open(f"{folder}/dataset.json") as f:
-            meta = json.load(f)
-        if meta["version"] != VERSION:
-            raise ValueError(f"{folder} has data version {meta['version']}, we read {VERSION}: "
-                             "run prepare.py again")
-        self.folder = folder
-        self.vocab, self.columns = Vocab(**meta["sizes"]).only(token_streams)
-        self.codes, self.text, index, shard = [], [], [], []
-        self.shards = meta["splits"][split]["shards"]
-        for number, name in enumerate(self.shards):
-            path = f"{folder}/{name}"
+    def __init__(self, folder, split, verify=False, token_streams="both", others=()):
+        """token_streams: what we want of the codes, see Vocab.only.  verify: check the shards' checksums.
+        others: further folders, made with the same tokenizers; `source` says whence an utterance is."""
+        self.folder, abouts = folder, [read_about(path) for path in (folder, *others)]
+        for path, about in zip(others, abouts[1:]):
+            if about["sizes"] != abouts[0]["sizes"] or tokenizers(path) != tokenizers(folder):
+                raise ValueError(f"{path} and {folder} were made with different tokenizers")
+        self.vocab, self.columns = Vocab(**abouts[0]["sizes"]).only(token_streams)
+        self.codes, self.text, index, shard, source = [], [], [], [], []
+        self.shards = [(number, f"{path}/{name}") for number, (path, about) in enumerate(
+            zip((folder, *others), abouts)) for name in about["splits"][split]["shards"]]
+        for number, (place, path) in enumerate(self.shards):
             lost = [part for part in SHARD_FILES if not os.path.exists(f"{path}.{part}")]
             if lost:
                 raise ValueError(f"{path}.{lost[0]} is gone: run prepare.py again")
@@ -61,10 +77,13 @@ class Dataset:
                 raise ValueError(f"a file of {path} is damaged: delete {path}.json and run prepare.py "
                                  "again") from None
             shard.append(np.full(len(index[-1]), number, np.int32))
+            source.append(np.full(len(index[-1]), place, np.int16))
+            index[-1][:, 4] += sum(len(about["speakers"]) for about in abouts[:place])
         if verify:
-            check_shards(folder, self.shards)
+            check_shards([path for _, path in self.shards])
         self.index = np.concatenate(index) if index else np.zeros((0, 5), np.int64)
         self.shard = np.concatenate(shard) if shard else np.zeros(0, np.int32)
+        self.source = np.concatenate(source) if source else np.zeros(0, np.int16)
         spoken = np.flatnonzero(self.index[:, 1])       # all but text alone
         self.by_speaker = spoken[np.argsort(self.index[spoken, 4], kind="stable")]
         self.speakers = self.index[self.by_speaker, 4]
@@ -74,8 +93,8 @@ class Dataset:
         """{id, text, speaker, audio: one for each utterance}, for evaluation and people; training has no use
         for it, and for millions of utterances it is long."""
         found = {field: [] for field in ("id", "text", "speaker", "audio")}
-        for name in self.shards:
-            with open(f"{self.folder}/{name}.json") as f:
+        for _, path in self.shards:
+            with open(f"{path}.json") as f:
                 about = json.load(f)
             for field, values in found.items():
                 values += about[field]
@@ -90,17 +109,18 @@ class Dataset:
         codes, text = codes[frame:frame + n_frame, self.columns], text[token:token + n_token]
         return codes.astype(np.int64), text.astype(np.int64), speaker
 
-    def draw_prompt(self, i, n_frame, rng):
-        """Codes of a random other utterance of i's speaker, at most n_frame of them, from a random place.
+    def draw_prompt(self, i, n_frame, rng, count=1):
+        """Codes of a random other utterance of i's speaker, at most n_frame of them, from a random place; not
+        one of the `count` that begin with i.
 
-        One draw among the others, never a search that could go on for ever; a speaker with a single utterance
+        One draw among the others, never a search that could go on for ever; a speaker who has no other
         prompts itself.
         """
         speaker = self.index[i, 4]
         group = self.by_speaker[slice(*np.searchsorted(self.speakers, [speaker, speaker + 1]))]
-        if len(group) > 1:
-            j = int(rng.integers(len(group) - 1))
-            i = int(group[j + (j >= np.searchsorted(group, i))])        # skip over i itself
+        if len(group) > count:
+            j = int(rng.integers(len(group) - count))
+            i = int(group[j + count * (j >= np.searchsorted(group, i))])        # skip over i itself
         codes = self[i][0]
         start = int(rng.integers(max(len(codes) - n_frame, 0) + 1))
         return codes[start:start + n_frame]
@@ -125,44 +145,75 @@ class Loader:
     """Packed training batches of one dataset."""
 
     def __init__(self, dataset, mixture, n_row, row_frames, prompt_len, seed, special_weight=1.0,
-                 loss_region="whole", grow=False):
+                 loss_region="whole", grow=False, semantic_asr=False, splice=0, separator=(), shares=None):
         """mixture: {task: weight}.  n_row: rows of the global batch.  prompt_len: voice prompt frames.
-        grow: longer rows, where an example needs them, instead of an error."""
+        grow: longer rows, where an example needs them, instead of an error.  splice: frames up to which
+        utterances that follow each other are joined, their texts by the ids of `separator`.  shares: weight
+        of each of the dataset's folders; by default each utterance is as likely as any other."""
         for task in mixture:
             if task not in TASKS:
                 raise ValueError(f"unknown task {task!r} in the mixture; "
                                  f"interleave.py has {', '.join(TASKS)}")
         self.dataset, self.vocab = dataset, dataset.vocab
         self.n_row, self.row_frames, self.prompt_len, self.seed = n_row, row_frames, prompt_len, seed
+        self.weights, self.loss_region = self.vocab.weights(special_weight), loss_region
+        self.semantic_asr, self.separator = semantic_asr, np.array(separator, np.int64)
+        self.dropped = 0            # drawn but did not fit, over the life of this loader
         self.tasks = [task for task, weight in mixture.items() if weight > 0]
-        spoken, written = dataset.index[:, 1] > 0, dataset.index[:, 3] > 0
-        self.pool = {}              # {task: utterances that have what it needs}
-        for task in self.tasks:
-            needs = {segment.of for segment in TASKS[task][1]}
-            fit = (spoken | (needs == {"text"})) & (written | ("text" not in needs))
-            self.pool[task] = np.flatnonzero(fit)
-            if len(dataset) and not fit.any():
-                raise ValueError(f"the mixture has {task!r}, but no utterance of {dataset.folder} has what "
-                                 f"it needs: {' and '.join(sorted(needs))}")
-            if len(dataset):
-                longest = self.pool[task][self.length(task, self.pool[task]).argmax()]
-                length = self.length(task, longest)
-                if length > self.row_frames and not grow:
-                    name = dataset.info["id"][longest]
-                    raise ValueError(f"utterance {name} makes a {task} sequence of {length} frames; rows "
-                                     f"have {row_frames}: raise row_frames or lower max_audio_s")
-                self.row_frames = max(self.row_frames, int(length))
         share = np.array([mixture[task] for task in self.tasks], float)
         self.share = np.cumsum(share / share.sum())
-        self.weights, self.loss_region = self.vocab.weights(special_weight), loss_region
-        self.dropped = 0            # drawn but did not fit, over the life of this loader
+        self.frames, self.tokens = (np.concatenate([[0], np.cumsum(dataset.index[:, k])]) for k in (1, 3))
+        self.joinable = self.find_joinable(splice)
+        self.pool, self.folder_share = {}, {}
+        for task in self.tasks if len(dataset) else ():
+            self.fill_pool(task, shares, grow)
 
-    def length(self, task, i):
-        """Frames that the example (task, utterance i or an array of them) takes in a row: one fewer than its
-        sequence has."""
-        _, n_frame, _, n_token, _ = self.dataset.index[i].T
-        lengths = {"speech": n_frame, "text": n_token, "prompt": self.prompt_len}
+    def find_joinable(self, splice):
+        """(M,): with how many utterances a splice of at most `splice` frames can begin at each: itself, and
+        those after it, by the same speaker and with both speech and text."""
+        index, M = self.dataset.index, len(self.dataset)
+        alone = (index[:, 1] == 0) | (index[:, 3] == 0)
+        border = (np.diff(index[:, 4]) != 0) | (np.diff(self.dataset.shard) != 0) | alone[1:] | alone[:-1]
+        ends = np.append(np.flatnonzero(border) + 1, M)
+        end = ends[np.searchsorted(ends, np.arange(M), side="right")]
+        fits = np.searchsorted(self.frames, self.frames[:-1] + splice, side="right") - 1
+        return np.maximum(1, np.minimum(end, fits) - np.arange(M))
+
+    def fill_pool(self, task, shares, grow):
+        """Find the utterances that have what a task needs, by folder, and see whether they fit."""
+        index, needs = self.dataset.index, {segment.of for segment in TASKS[task][1]}
+        fit = ((index[:, 1] > 0) | (needs == {"text"})) & ((index[:, 3] > 0) | ("text" not in needs))
+        if not fit.any():
+            raise ValueError(f"the mixture has {task!r}, but no utterance of {self.dataset.folder} has what "
+                             f"it needs: {' and '.join(sorted(needs))}")
+        folders = [np.flatnonzero(fit & (self.dataset.source == k)) for k in range(len(shares or [1]))]
+        weight = np.array([share * (len(pool) > 0) for share, pool in zip(shares or [1], folders)], float)
+        if not shares:
+            folders, weight = [np.flatnonzero(fit)], np.ones(1)
+        if not weight.sum():
+            raise ValueError(f"no folder with a weight has utterances for {task!r}")
+        self.pool[task], self.folder_share[task] = folders, np.cumsum(weight / weight.sum())
+        able = np.flatnonzero(fit)
+        lengths = self.length(task, able, self.joinable[able])
+        longest = int(lengths.max())
+        if longest > self.row_frames and not grow:
+            name = self.dataset.info["id"][able[lengths.argmax()]]
+            raise ValueError(f"utterance {name} makes a {task} sequence of {longest} frames; rows have "
+                             f"{self.row_frames}: raise row_frames or lower max_audio_s")
+        self.row_frames = max(self.row_frames, longest)
+
+    def length(self, task, i, count=1):
+        """Frames that an example takes in a row, one fewer than its sequence has: a task, an utterance (or an
+        array of them), and how many are joined, beginning with it."""
+        if task == "text":
+            count = 1
+        lengths = {"speech": self.frames[i + count] - self.frames[i], "prompt": self.prompt_len,
+                   "text": self.tokens[i + count] - self.tokens[i] + (count - 1) * len(self.separator)}
         return task_length(self.vocab, task, lengths) - 1
+
+    def count(self, i, seed):
+        """How many utterances the example (i, seed) joins: from one to as many as can be."""
+        return 1 + seed % int(self.joinable[i])
 
     def plan(self, step):
         """The global batch of a step: n_row lists of (task, utterance, its own seed). Pure in (seed, step).
@@ -173,12 +224,15 @@ class Loader:
         drawn, total, capacity = [], 0, FILL * self.n_row * self.row_frames
         while True:
             task = self.tasks[np.searchsorted(self.share[:-1], rng.random(), side="right")]
-            i = int(self.pool[task][rng.integers(len(self.pool[task]))])
-            length = self.length(task, i)
+            pools, share = self.pool[task], self.folder_share[task]
+            k = np.searchsorted(share[:-1], rng.random(), side="right") if len(pools) > 1 else 0
+            pool = pools[k]
+            i, seed = int(pool[rng.integers(len(pool))]), int(rng.integers(2 ** 31))
+            length = int(self.length(task, i, self.count(i, seed)))
             total += length
             if total > capacity:
                 break
-            drawn.append((length, task, i, int(rng.integers(2 ** 31))))
+            drawn.append((length, task, i, seed))
         rows, room = [[] for _ in range(self.n_row)], [self.row_frames] * self.n_row
         for length, task, i, seed in sorted(drawn, key=lambda example: -example[0]):
             row = next((r for r in range(self.n_row) if room[r] >= length), None)
@@ -191,10 +245,14 @@ class Loader:
 
     def document(self, task, i, seed):
         """-> aligned tokens (T, N), learn (T,), modality (T,)."""
-        codes, text, _ = self.dataset[i]
-        entries = {"speech": speech_frames(self.vocab, codes), "text": text_frames(self.vocab, text)}
+        count = 1 if task == "text" else self.count(i, seed)
+        parts = [self.dataset[k] for k in range(i, i + count)]
+        codes = np.concatenate([part[0] for part in parts])                 # (T', N)
+        text = np.concatenate([piece for part in parts for piece in (self.separator, part[1])][1:])
+        entries = {"speech": speech_frames(self.vocab, codes, task == "asr" and self.semantic_asr),
+                   "text": text_frames(self.vocab, text)}
         if any(segment.of == "prompt" for segment in TASKS[task][1]):
-            prompt = self.dataset.draw_prompt(i, self.prompt_len, np.random.default_rng(seed))
+            prompt = self.dataset.draw_prompt(i, self.prompt_len, np.random.default_rng(seed), count)
             entries["prompt"] = prompt_frames(self.vocab, prompt, self.prompt_len)
         return build_sequence(self.vocab, task, entries, self.loss_region)
 

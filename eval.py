@@ -159,7 +159,8 @@ def perplexities(speaker, dataset, n_batch=4):
     if len(dataset) == 0:
         return None
     mixture = {"asr": 1, "tts": 1}
-    loader = Loader(dataset, mixture, 2, c.row_frames, c.prompt_len, 0, loss_region=c.loss_region, grow=True)
+    loader = Loader(dataset, mixture, 2, c.row_frames, c.prompt_len, 0, loss_region=c.loss_region, grow=True,
+                    semantic_asr=c.semantic_asr)
     reports = [batch_loss(speaker.model, loader.batch(step), c.softmax)[1] for step in range(n_batch)]
     losses = mean_losses([sum(column) for column in zip(*reports)], loader.vocab.stream_names)
     return {name: math.exp(loss) for name, loss in losses.items()}
@@ -176,7 +177,8 @@ def listening(speaker, dataset, n=40):
     for name, shift in (("own", 0), ("other", 1)):
         nats = 0.0
         for i in range(n):
-            entries = {"speech": speech_frames(vocab, dataset[(i + shift) % n][0]),
+            codes = dataset[(i + shift) % n][0]
+            entries = {"speech": speech_frames(vocab, codes, speaker.config.semantic_asr),
                        "text": text_frames(vocab, dataset[i][1])}
             rows = training_rows([build_sequence(vocab, "asr", entries, "target")], vocab.weights())
             tokens, targets, weight, modality = rows

@@ -113,8 +113,8 @@ class Vocab:
         return weight                                                       # pad keeps 0: it never has a loss
 
 
-def speech_frames(vocab, codes):
-    """Raw codes (T, N), each from 0 in its own codebook -> joint ids (T, N).
+def speech_frames(vocab, codes, semantic_only=False):
+    """Raw codes (T, N), each from 0 in its own codebook -> joint ids (T, N); semantic_only: the rest is pad.
 
     NOTE(espnet): its loader shifts every stored id but 0 past the specials, so that semantic cluster 0 became
     pad and the first semantic id is never used. What was trained so wants it so (vocab.published).
@@ -125,6 +125,8 @@ def speech_frames(vocab, codes):
     frames = codes + vocab.starts                                           # (T, N)
     if vocab.published and vocab.n_semantic:
         frames[codes[:, 0] == 0, 0] = PAD
+    if semantic_only:
+        frames[:, 1:] = PAD
     return frames
 
 

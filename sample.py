@@ -81,7 +81,7 @@ class Speaker:
         order, texts = sorted(range(len(codes)), key=lambda i: len(codes[i])), [""] * len(codes)
         for start in range(0, len(order), batch):
             part = order[start:start + batch]
-            speech = [speech_frames(self.vocab, codes[i]) for i in part]
+            speech = [speech_frames(self.vocab, codes[i], self.config.semantic_asr) for i in part]
             prefixes = [generation_prefix(self.vocab, "asr", {"speech": frames}) for frames in speech]
             limit = max(len(codes[i]) for i in part) // 4 + 8
             for i, (frames, _) in zip(part, generate(self.model, self.vocab, prefixes, TEXT, limit)):

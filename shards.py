@@ -91,21 +91,21 @@ def write_shard(folder, name, codes, texts, index, kept, rejects, n_stream):
     write_file(f"{folder}/{name}.json", json.dumps(meta))
 
 
-def check_shards(folder, names, limit=CHECKED):
+def check_shards(names, limit=CHECKED):
     """Compare the shards with their checksums, if they are not more than `limit` bytes, else say so.
     ValueError names the damaged file."""
-    paths = [f"{folder}/{name}.{part}.npy" for name in names for part in ("codes", "text", "index")]
+    paths = [f"{name}.{part}.npy" for name in names for part in ("codes", "text", "index")]
     size = sum(os.path.getsize(path) for path in paths)
     if size > limit:
-        print(f"{size / 1e9:.0f} GB of shards: checksums are not compared; python shards.py {folder} does")
+        print(f"{size / 1e9:.0f} GB of shards: checksums are not compared; "
+              f"python shards.py {os.path.dirname(names[0])} does")
         return
     for name in tqdm(names, "checksums", unit="shard", mininterval=1, disable=size < 1e9):
-        with open(f"{folder}/{name}.json") as f:
+        with open(f"{name}.json") as f:
             expected = json.load(f)["crc32"]
         for part, crc in expected.items():
-            if checksum(f"{folder}/{name}.{part}.npy")[1] != crc:
-                raise ValueError(f"{folder}/{name}.{part}.npy is damaged: delete {folder}/{name}.json and "
-                                 "run prepare.py again")
+            if checksum(f"{name}.{part}.npy")[1] != crc:
+                raise ValueError(f"{name}.{part}.npy is damaged: delete {name}.json and run prepare.py again")
 
 
 def card(about):
@@ -147,8 +147,9 @@ if __name__ == "__main__":
         if not where or not is_prepared(where):
             raise ValueError(f"{where} is not a prepared folder")
         with open(f"{where}/dataset.json") as f:
-            found = [name for split in json.load(f)["splits"].values() for name in split["shards"]]
-        check_shards(where, found, float("inf"))
+            splits = json.load(f)["splits"].values()
+        found = [f"{where}/{name}" for split in splits for name in split["shards"]]
+        check_shards(found, float("inf"))
         print(f"{len(found)} shards are whole")
     except ValueError as problem:
         print(f"shards.py: {problem}", file=sys.stderr)

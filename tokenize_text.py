@@ -66,6 +66,10 @@ class TextTokenizer:
             return self.model.encode(text)
         return self.model.encode(text, add_special_tokens=False).ids
 
+    def separator(self):
+        """[id] to put between two texts that are joined; sentencepiece begins each word with its space."""
+        return [] if "text.model" in self.files else self.encode(" ")
+
     def decode(self, ids):
         """[id] -> str."""
         ids = [int(i) for i in ids]

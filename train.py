@@ -44,7 +44,7 @@ from parallel import (
     worker_mesh,
 )
 from tokenize_audio import Tokenizer
-from tokenize_text import KINDS, make_text_tokenizer
+from tokenize_text import KINDS, TextTokenizer, make_text_tokenizer
 
 
 def learning_rate(config, step):
@@ -66,10 +66,20 @@ def make_optimizers(config, model, dtype):
     return optimizers
 
 
-def make_loader(config, dataset, grow=False):
-    c = config
+def open_data(config, folder, verify=False):
+    """The training split of `folder`, and of the others of config.datasets."""
+    others = [other for other in config.datasets if other != folder]
+    return Dataset(folder, "train", verify, config.token_streams, others)
+
+
+def make_loader(config, dataset, held_out=False):
+    """held_out: utterances as they are, however long, the folder's own."""
+    c, splice, shares = config, 0, None
+    if not held_out:
+        splice, shares = c.splice_frames, list(c.datasets.values())
+    separator = TextTokenizer.load(f"{dataset.folder}/text_tokenizer").separator() if splice else ()
     return Loader(dataset, c.mixture, c.batch_rows, c.row_frames, c.prompt_len, c.seed, c.special_weight,
-                  c.loss_region, grow)
+                  c.loss_region, held_out, c.semantic_asr, splice, separator, shares)
 
 
 @torch.no_grad()
@@ -138,8 +148,9 @@ def train(config, folder, going_on=False):
     # workers, data, and where we start
     rank, world, device = start_workers(config.timeout_s)
     say = print if rank == 0 else (lambda *_: None)
-    dataset, *others = (Dataset(folder, split, rank == 0, config.token_streams) for split in prepare.SPLITS)
-    seen = max(others, key=lambda split: len(split) > 0)        # a corpus may have new speakers only
+    dataset = open_data(config, folder, rank == 0)
+    evaluation = [Dataset(folder, split, rank == 0, config.token_streams) for split in prepare.SPLITS[1:]]
+    seen = max(evaluation, key=lambda split: len(split) > 0)        # a corpus may have new speakers only
     found = newest_whole(config.out_dir, rank, world, say) if going_on else None
     if checkpoints(config.out_dir) and not found:
         raise ValueError(occupied(config.out_dir) if not going_on else
@@ -163,6 +174,8 @@ def train(config, folder, going_on=False):
         state = {name: was[name] for name in state}
     elif fill_start:
         fill_start(model)
+        if config.moments:
+            resume(newest(config.init_from), model, optimizers, rank)
         say(f"weights of {config.init_from}")
     else:
         generator = torch.Generator(device).manual_seed(config.seed)
@@ -256,22 +269,30 @@ def occupied(out_dir):
 
 # ---- the whole job: prepare, train, evaluate, each in processes of its own ---------------------------------
 
+def data_of(config, settings):
+    """The folder of prepared data that a run reads: the one it names, else that of its settings."""
+    if config.data and config.datasets:
+        raise ValueError("name the data once: data, or datasets with their weights")
+    return config.data or next(iter(config.datasets), "") or prepare.data_folder(config.data_dir, settings)
+
+
 def whole_job(config, arguments, settings, going_on):
     """Prepare the data where missing, train with one process per core, evaluate, and say what is where."""
     here, peak, seconds = os.path.dirname(os.path.abspath(__file__)), [0.0], {"prepare": 0.0}
     found = going_on and checkpoints(config.out_dir)
     if not found:
         check_start(config)
-    folder = config.data or prepare.data_folder(config.data_dir, settings)
-    if config.data and not prepare.is_prepared(folder):
-        raise ValueError(f"{folder} holds no prepared data")
+    folder = data_of(config, settings)
+    for named in filter(None, (config.data, *config.datasets)):
+        if not prepare.is_prepared(named):
+            raise ValueError(f"{named} holds no prepared data")
     if not prepare.is_prepared(folder):
         flags = [f"--{name}={value}" for name, value in settings.items()] + [f"--data_dir={config.data_dir}"]
         seconds["prepare"] = run_stage("prepare.py", [sys.executable, f"{here}/prepare.py", *flags], peak)
     workers = config.workers or torch.cuda.device_count() or min(os.cpu_count() or 1, config.batch_rows)
     while workers > 1 and config.batch_rows % (workers * config.grad_accum) and not config.workers:
         workers -= 1
-    dataset = Dataset(folder, "train", token_streams=config.token_streams)
+    dataset = open_data(config, folder)
     dataset.vocab = starting_vocab(found[-1] if found else config.init_from, dataset.vocab)
     check(config, dataset, workers, found)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={workers}"]
@@ -288,7 +309,7 @@ def main(arguments):
     config = load_config([a for a in arguments if a not in ("--resume", "--worker")])
     settings = {name: getattr(config, name) for name in prepare.SETTINGS}
     if worker:
-        folder = config.data or prepare.data_folder(config.data_dir, settings)
+        folder = data_of(config, settings)
         if not prepare.is_prepared(folder):
             raise ValueError(f"{folder}, the data of this configuration, is not there: run prepare.py first")
         number = train(config, folder, going_on)
@@ -307,7 +328,8 @@ def leave(code):
     (os._exit if "RANK" in os.environ else sys.exit)(code)
 
 
-if __name__ == "__main__":
+def run(main):
+    """Run a script's main with what stands after its name; what is wrong is said in one line."""
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as problem:
@@ -319,3 +341,7 @@ if __name__ == "__main__":
         print("train.py: a worker lost contact with another, which ended or hung; its message is above if it "
               f"had one ({str(problem).splitlines()[0]}). Go on with --resume", file=sys.stderr)
         leave(1)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -234,7 +234,7 @@ def test_a_damaged_shard_is_noticed(tiny_data, tmp_path, capsys):
     code, _, err = run_here(ROOT / "shards.py", tmp_path / "d")
     assert code == 2 and "train-00000-of-00003.codes.npy is damaged" in err
     assert run_here(ROOT / "shards.py", tiny_data)[1] == "5 shards are whole\n"
-    check_shards(str(tmp_path / "d"), ["train-00000-of-00003"], limit=1000)
+    check_shards([str(tmp_path / "d/train-00000-of-00003")], limit=1000)
     assert "are not compared" in capsys.readouterr().out, "of very many it is said that we do not look"
     (tmp_path / "d/train-00000-of-00003.codes.npy").write_bytes(data[:-10])
     with pytest.raises(ValueError, match="damaged"):

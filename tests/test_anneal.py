@@ -1,0 +1,91 @@
+"""Claim: annealing is the one training loop, from where a run was, down to a rate of zero; data mix and join."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_here
+
+from anneal import annealing_settings
+from checkpoint import load_model
+from config import load_config
+from data import Dataset, Loader
+from interleave import speech_frames, undelay
+from tokenize_text import TextTokenizer
+
+
+@pytest.fixture(scope="module")
+def half_way(tiny_data, tiny_flags, tmp_path_factory):
+    """A run of 8 steps whose last 4 are its decay; the checkpoints of steps 4, 6 and 8 stay."""
+    from train import train
+    out = str(tmp_path_factory.mktemp("run"))
+    train(load_config([*tiny_flags, f"--out_dir={out}", "--max_steps=8", "--save_every=2", "--keep_every=2"]),
+          tiny_data)
+    return out
+
+
+def test_it_begins_with_the_rate_that_the_run_had(half_way):
+    whole, decaying = (annealing_settings([f"--init_from={half_way}/step_000000{n}", "--max_steps=5"])
+                       for n in (4, 6))
+    assert whole["lr"] == pytest.approx(3e-3) and decaying["lr"] == pytest.approx(1.5e-3)
+    assert decaying["muon_lr"] == pytest.approx(0.01) and decaying["max_steps"] == 5
+    assert decaying["d_model"] == load_model(half_way)[1].d_model, "the model is the run's"
+    with pytest.raises(ValueError, match="come down to zero already"):
+        annealing_settings([f"--init_from={half_way}"])
+    assert not annealing_settings([f"--init_from={half_way}", "--lr=1e-4"])["moments"]
+    with pytest.raises(ValueError, match="where from"):
+        annealing_settings(["--max_steps=3"])
+
+
+def test_the_rate_falls_in_a_line_to_zero_and_the_moments_are_the_runs(half_way, tmp_path):
+    weights = {}
+    for moments in (True, False):
+        out = f"{tmp_path}/{moments}"
+        flags = [f"--init_from={half_way}/step_0000004", "--max_steps=4", f"--out_dir={out}", "--log_every=1"]
+        code, _, err = run_here(ROOT / "anneal.py", *flags, f"--moments={moments}", "--worker")
+        assert code == 0, err
+        rates = [json.loads(line)["lr"] for line in open(f"{out}/out.jsonl")]
+        assert rates == pytest.approx([3e-3 * left / 4 for left in (4, 3, 2, 1)])
+        weights[moments] = load_model(out)[0].emb
+    assert not weights[True].equal(weights[False]), "without them it would begin as if nothing had been"
+
+
+def test_utterances_that_follow_each_other_are_joined(tiny_data):
+    """Speech and text of a splice are those of its members, in order; it never grows over its budget."""
+    dataset = Dataset(tiny_data, "train")
+    dataset.index[:, 4] = np.arange(len(dataset)) // 7          # speakers with seven utterances each
+    dataset.by_speaker, dataset.speakers = np.arange(len(dataset)), dataset.index[:, 4]
+    tokenizer = TextTokenizer.load(f"{tiny_data}/text_tokenizer")
+    loader = Loader(dataset, {"asr": 1, "tts": 1}, 2, 1024, 20, 0, splice=250,
+                    separator=tokenizer.separator())
+    assert 7 > loader.joinable.max() > 2 and loader.joinable.min() == 1
+    i = int(loader.joinable.argmax())
+    seed, members = int(loader.joinable[i]) - 1, range(i, i + int(loader.joinable[i]))
+    assert sum(len(dataset[k][0]) for k in members) <= 250
+    assert len({dataset[k][2] for k in members}) == 1, "one speaker"
+    tokens = loader.document("asr", i, seed)[0]
+    assert len(tokens) - 1 == loader.length("asr", i, len(members))
+    speech = speech_frames(dataset.vocab, np.concatenate([dataset[k][0] for k in members]))
+    assert (tokens[3:3 + len(speech)] == speech).all()
+    ids = tokens[(tokens[:, 0] >= dataset.vocab.text_start), 0] - dataset.vocab.text_start
+    assert tokenizer.decode(ids) == " ".join(dataset.info["text"][k] for k in members)
+    inside = {tuple(row) for k in members for row in dataset[k][0].tolist()}
+    prompts = [dataset.draw_prompt(i, 20, np.random.default_rng(s), len(members)) for s in range(9)]
+    assert any(tuple(row) not in inside for prompt in prompts for row in prompt.tolist())
+    assert undelay(loader.batch(0).tokens[0]).shape[1] == dataset.vocab.n_stream
+
+
+def test_folders_are_drawn_by_their_weights_and_must_share_tokenizers(tiny_data, tmp_path):
+    other, foreign = str(tmp_path / "other"), str(tmp_path / "foreign")
+    shutil.copytree(tiny_data, other)
+    dataset = Dataset(tiny_data, "train", others=[other])
+    assert len(dataset) == 300 and dataset.info["id"][0] == dataset.info["id"][150]
+    assert not set(dataset.index[:150, 4]) & set(dataset.index[150:, 4]), "speakers of two folders are others"
+    loader = Loader(dataset, {"asr": 1, "text": 1}, 4, 768, 20, 0, shares=[3.0, 1.0])
+    drawn = [dataset.source[i] for step in range(40) for row in loader.plan(step) for _, i, _ in row]
+    assert np.mean(drawn) == pytest.approx(0.25, abs=0.04)
+    shutil.copytree(tiny_data, foreign)
+    with open(f"{foreign}/audio_tokenizer/codebooks.safetensors", "ab") as f:
+        f.write(b"x")
+    with pytest.raises(ValueError, match="different tokenizers"):
+        Dataset(tiny_data, "train", others=[foreign])
