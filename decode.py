@@ -1,6 +1,6 @@
 """Decode: one step of the model per frame, as fast as the memory gives out the weights.
 
-Eleventh file of the reading order. Decoding follows the released models (ESPnet-SpeechLM, arXiv
+Thirteenth file of the reading order. Decoding follows the released models (ESPnet-SpeechLM, arXiv
 2502.15218): the marker of the wanted modality is given, each stream may only choose its own ids, and after
 the end token N-1 more steps bring in the delayed acoustic tokens. A step at small batch sizes reads every
 weight once and computes little, so what counts is bytes: only the head rows that the grammar allows are

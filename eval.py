@@ -1,6 +1,6 @@
 """Evaluate: word error rates of recognition and synthesis, and teacher-forced perplexity per stream.
 
-Thirteenth file of the reading order.
+Fifteenth file of the reading order.
   python eval.py out/numbers                    rewrites out/numbers/results.json, wavs and curves
   python eval.py out/numbers --whisper=DIR      also lets Whisper judge the speech (pip install -e '.[eval]')
 Everything is measured on texts that no training utterance has; "unseen" are voices that training never heard.
@@ -43,6 +43,34 @@ def edit_distance(reference, hypothesis):
     return row[-1]
 
 
+def edit_counts(reference, hypothesis):
+    """Substitutions, insertions, deletions of one cheapest way from one list to the other."""
+    row = [(j, 0, j, 0) for j in range(len(hypothesis) + 1)]        # errors, and of them sub, ins, del
+    for i, r in enumerate(reference, 1):
+        above, row = row, [(i, 0, 0, i)]
+        for j, h in enumerate(hypothesis, 1):
+            (e, s, a, d), (e2, s2, a2, d2), (e3, s3, a3, d3) = above[j - 1], row[j - 1], above[j]
+            wrong = int(r != h)
+            row.append(min((e + wrong, s + wrong, a, d), (e2 + 1, s2, a2 + 1, d2), (e3 + 1, s3, a3, d3 + 1)))
+    return row[-1][1:]
+
+
+def error_report(references, hypotheses):
+    """What WER is made of -> words with insertions, deletions and substitutions, the mean over utterances,
+    character errors, 95 % intervals, and the worst utterances."""
+    counts = np.array([edit_counts(r.split(), h.split()) for r, h in zip(references, hypotheses)])  # (M, 3)
+    words, errors = np.array([len(r.split()) for r in references]), counts.sum(1)
+    letters = [edit_distance(r, h) for r, h in zip(references, hypotheses)]
+    wer, low, high = interval(errors, words)
+    worst = np.argsort(-errors / np.maximum(words, 1), kind="stable")[:5]
+    return {"wer": 100 * wer, "wer_interval": [100 * low, 100 * high],
+            "wer_mean_of_utterances": 100 * float(np.mean(errors / np.maximum(words, 1))),
+            "cer": 100 * sum(letters) / max(1, sum(map(len, references))),
+            "words": int(words.sum()), **dict(zip(("substitutions", "insertions", "deletions"),
+                                                 counts.sum(0).tolist())),
+            "worst": [[references[k], hypotheses[k]] for k in worst]}
+
+
 def word_error_rate(references, hypotheses, cap=False):
     """Corpus WER in percent: all errors / all reference words. cap: an utterance's errors count at most its
     words, so that one endless repetition does not stand for the whole test."""
@@ -52,6 +80,16 @@ def word_error_rate(references, hypotheses, cap=False):
         e = edit_distance(r, h)
         errors, words = errors + (min(e, len(r)) if cap else e), words + len(r)
     return 100 * errors / words
+
+
+def interval(values, of=None, n=1000, seed=0):
+    """Mean of values (M,), or sum(values) / sum(of), with its 95 % interval by bootstrap over the M
+    utterances or questions: (estimate, low, high)."""
+    values = np.asarray(values, float)
+    of = np.ones(len(values)) if of is None else np.asarray(of, float)
+    picked = np.random.default_rng(seed).integers(len(values), size=(n, len(values)))
+    again = values[picked].sum(1) / np.maximum(of[picked].sum(1), 1e-9)
+    return float(values.sum() / of.sum()), *map(float, np.percentile(again, [2.5, 97.5]))
 
 
 def spell_out(hypothesis, reference):
@@ -111,7 +149,7 @@ def evaluate_asr(speaker, dataset, limit):
     if n == 0:
         return {"wer": None, "n": 0}, []
     references, hypotheses = dataset.info["text"][:n], speaker.transcribe([dataset[i][0] for i in range(n)])
-    return {"wer": word_error_rate(references, hypotheses), "n": n}, list(zip(references, hypotheses))
+    return error_report(references, hypotheses) | {"n": n}, list(zip(references, hypotheses))
 
 
 def evaluate_tts(speaker, dataset, limit, folder, whisper=None, seed=0):
@@ -269,6 +307,12 @@ def table(results):
     asr, judged, whisper = results["asr"], results["tts"]["own_asr"], results["tts"]["whisper"]
     lines = [f"ASR WER, new texts   known voices {percent(asr['seen']['wer'])} (n={asr['seen']['n']})"
              f"   new voices {percent(asr['unseen']['wer'])} (n={asr['unseen']['n']})"]
+    for name, found in asr.items():
+        if found["n"]:
+            low, high = found["wer_interval"]
+            lines.append(f"  {name:6s} {low:.1f} to {high:.1f} %, CER {found['cer']:.1f} %; of "
+                         f"{found['words']} words {found['substitutions']} wrong, {found['deletions']} "
+                         f"missing, {found['insertions']} added")
     if judged["n"]:
         lines.append(f"TTS WER by own ASR   {percent(judged['wer'])} (n={judged['n']}; originals after "
                      f"tokenizing {percent(judged['resynthesised'])}), {100 * judged['ended']:.0f} % ended "

@@ -1,6 +1,6 @@
 """Sample: recognise, speak, continue.
 
-Twelfth file of the reading order.
+Fourteenth file of the reading order.
   python sample.py out/numbers asr a.wav b.wav                                   one transcript a line
   python sample.py out/numbers tts "seven three five" --prompt voice.wav --out x.wav
   python sample.py out/numbers continue a.wav --out x.wav

@@ -1,4 +1,4 @@
-"""Claim: annealing is the one training loop, from where a run was, down to a rate of zero; data mix and join."""
+"""Claim: annealing goes on from where a run was, down to a rate of zero; data are mixed and joined."""
 import json
 import shutil
 

@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from eval import comparable, edit_distance, spell_out, word_error_rate
+from eval import comparable, edit_counts, edit_distance, error_report, interval, spell_out, word_error_rate
 
 
 def test_word_error_rate_agrees_with_jiwer():
@@ -12,6 +12,21 @@ def test_word_error_rate_agrees_with_jiwer():
     texts = [[" ".join(rng.choices("abcd", k=rng.randint(1, 9))) for _ in range(50)] for _ in range(2)]
     assert word_error_rate(*texts) == pytest.approx(100 * jiwer.wer(*texts))
     assert edit_distance("a b c".split(), "a x c d".split()) == 2 and word_error_rate(["a b"], [""]) == 100
+
+
+def test_errors_are_told_apart_and_have_an_interval():
+    assert edit_counts("a b c d".split(), "a x d e".split()) == (1, 1, 1)
+    rng = random.Random(1)
+    texts = [[" ".join(rng.choices("abcd", k=rng.randint(1, 9))) for _ in range(80)] for _ in range(2)]
+    for r, h in zip(*texts):
+        assert sum(edit_counts(r.split(), h.split())) == edit_distance(r.split(), h.split())
+    report = error_report(*texts)
+    low, high = report["wer_interval"]
+    assert report["wer"] == pytest.approx(word_error_rate(*texts)) and low < report["wer"] < high
+    assert report["substitutions"] + report["insertions"] + report["deletions"] == round(
+        report["wer"] / 100 * report["words"])
+    mean, low, high = interval([0, 1] * 200)        # a coin: 0.5, give or take 1.96 * 0.5 / sqrt(400)
+    assert mean == 0.5 and low == pytest.approx(0.451, abs=0.012) and high == pytest.approx(0.549, abs=0.012)
 
 
 def test_the_cap_keeps_one_endless_answer_from_standing_for_all():

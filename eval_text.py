@@ -1,0 +1,171 @@
+"""Evaluate text: what a model still knows of it, by perplexity and multiple choice, from files.
+
+Helper of eval.py:
+  python eval_text.py out/mine --text=page.txt --choices=arc_easy.jsonl
+  python eval_text.py out/mine --choices=mmlu_test.jsonl --shots=mmlu_dev.jsonl --n=200
+  python eval_text.py out/mine --before=smollm2 --text=page.txt      the base LLM that it came from beside it
+A line of jsonl is {"question", "choices", "gold": number of the right one}. Where it has a "subject" too we
+ask as MMLU does: five answered examples of the subject before it, letters as answers. Else, as for ARC,
+OpenBookQA and HellaSwag, each choice is an answer in words; the likeliest wins, as it is (acc) or by its
+bytes (acc_norm).
+The hub's own versions, by lm-evaluation-harness:
+  python sample.py export out/mine folder --text-only
+  lm_eval --model hf --model_args pretrained=folder --tasks mmlu,arc_easy,hellaswag,openbookqa
+"""
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+
+import torch
+from tqdm import tqdm
+
+from checkpoint import starting_weights
+from eval import interval
+from interleave import text_frames
+from parallel import empty_model
+from sample import Speaker
+from tokenize_text import TOKENIZER_FILES, TextTokenizer, find_folder
+
+SHOTS, WINDOW, BATCH = 5, 1024, 2048        # examples before an MMLU question; tokens of a text; of a batch
+
+
+@torch.no_grad()
+def log_probabilities(model, vocab, documents):
+    """[(ids, n)] -> [(n,)] log probabilities of the last n ids of each document, given what is before."""
+    order, results = sorted(range(len(documents)), key=lambda k: len(documents[k][0])), {}
+    table = model.lm_head[slice(*vocab.text)]
+    with tqdm(total=len(order), desc="reading", mininterval=2, disable=len(order) < 50) as bar:
+        while order:
+            group, size = [], 0
+            while order and (not group or size + len(documents[order[-1]][0]) <= BATCH):
+                group.append(order.pop())
+                size += len(documents[group[-1]][0])
+            frames = [text_frames(vocab, documents[k][0]) for k in group]
+            hidden = model(torch.cat(frames), [len(frame) for frame in frames])             # (S, D)
+            for k, part in zip(group, hidden.split([len(frame) for frame in frames])):
+                ids, n = documents[k]
+                scores = (part[-n - 1:-1] @ table.T.to(part.dtype)).float().log_softmax(1)  # (n, n_text)
+                results[k] = scores.gather(1, torch.tensor(ids[-n:])[:, None])[:, 0]        # (n,)
+            bar.update(len(group))
+    return [results[k] for k in range(len(documents))]
+
+
+def bits_per_byte(model, vocab, tokenizer, text):
+    """How well a text is predicted, in windows of WINDOW tokens of which the second half counts: comparable
+    between tokenizers, as perplexity is not. -> (bits per byte, perplexity per token)."""
+    ids = tokenizer.encode(text)
+    if len(ids) < 2:
+        raise ValueError("the text is too short to be predicted")
+    documents = [(ids[:WINDOW], min(len(ids), WINDOW) - 1)]
+    for start in range(WINDOW, len(ids), WINDOW // 2):
+        end = min(start + WINDOW // 2, len(ids))
+        documents.append((ids[end - WINDOW:end], end - start))
+    nats = -sum(float(part.sum()) for part in log_probabilities(model, vocab, documents))
+    n_byte = len(tokenizer.decode(ids[1:]).encode())
+    return nats / n_byte / math.log(2), math.exp(nats / (len(ids) - 1))
+
+
+def ask(row, shots):
+    """A question -> context, answers: in words, or letters where it has a subject, after shots of that."""
+    if "subject" not in row:
+        return f"Question: {row['question']}\nAnswer:", [f" {choice}" for choice in row["choices"]]
+    letters = "ABCDEFGHIJ"[:len(row["choices"])]
+
+    def block(row):
+        choices = [f"{letter}. {choice}" for letter, choice in zip(letters, row["choices"])]
+        return "\n".join([row["question"].strip(), *choices, "Answer:"])
+
+    subject = row["subject"].replace("_", " ")
+    head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+    examples = [shot for shot in shots if shot["subject"] == row["subject"]][:SHOTS]
+    context = head + "".join(f"{block(shot)} {letters[shot['gold']]}\n\n" for shot in examples) + block(row)
+    return context, [f" {letter}" for letter in letters]
+
+
+def multiple_choice(model, vocab, tokenizer, rows, shots=()):
+    """-> {"acc": (share, low, high), "acc_norm": ..., "n"}; low to high: the 95 % interval of a bootstrap."""
+    documents, owner, answers = [], [], []
+    for k, row in enumerate(rows):
+        context, choices = ask(row, shots)
+        ids = tokenizer.encode(context)
+        for choice in choices:
+            whole = tokenizer.encode(context + choice)
+            n = len(whole) - len(ids)
+            if whole[:len(ids)] != ids or n < 1:        # the border fell inside a token
+                whole, n = ids + tokenizer.encode(choice), len(tokenizer.encode(choice))
+            documents.append((whole[-WINDOW:], min(n, WINDOW - 1)))
+            owner.append(k)
+            answers.append(len(choice.strip().encode()))
+    found = [float(part.sum()) for part in log_probabilities(model, vocab, documents)]
+    right, right_norm = [], []
+    for k, row in enumerate(rows):
+        mine = [j for j in range(len(owner)) if owner[j] == k]
+        plain, by_byte = [found[j] for j in mine], [found[j] / answers[j] for j in mine]
+        right.append(float(plain.index(max(plain)) == row["gold"]))
+        right_norm.append(float(by_byte.index(max(by_byte)) == row["gold"]))
+    return {"acc": interval(right), "acc_norm": interval(right_norm), "n": len(rows)}
+
+
+def read_rows(path, limit=None):
+    """Questions of a jsonl file, `limit` of them spread over it."""
+    with open(path, encoding="utf-8") as f:
+        rows = [json.loads(line) for line in f if line.strip()]
+    wrong = [k for k, row in enumerate(rows, 1) if not {"question", "choices", "gold"} <= set(row)
+             or not 0 <= row["gold"] < len(row["choices"])]
+    if wrong or not rows:
+        raise ValueError(f"{path}: line {wrong[0] if wrong else 1} is not a question with choices and gold")
+    return rows[::max(1, len(rows) // limit)][:limit] if limit else rows
+
+
+def base_model(speaker, folder):
+    """The LLM that the speaker's model came from, in the same shape, and its own tokenizer."""
+    config = dataclasses.replace(speaker.config, init_from=folder, rows_from_text=False)
+    model = empty_model(config, speaker.vocab)
+    starting_weights(config, speaker.vocab)(model)
+    return model.eval().requires_grad_(False), TextTokenizer.load(find_folder(folder, TOKENIZER_FILES))
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run")
+    parser.add_argument("--before", help="folder or hub id of the base LLM, to stand beside it")
+    parser.add_argument("--text", action="append", default=[], help="a file to be predicted")
+    parser.add_argument("--choices", action="append", default=[], help="a jsonl file of questions")
+    parser.add_argument("--shots", help="a jsonl file of MMLU's examples")
+    parser.add_argument("--n", type=int, help="questions of each file (default: all)")
+    args = parser.parse_args(arguments)
+    speaker = Speaker(args.run)
+    models = {args.run: (speaker.model, speaker.text_tokenizer)}
+    if args.before:
+        base, tokenizer = base_model(speaker, args.before)
+        # a run with a small part of the LLM's merges is asked in the LLM's own spelling too
+        models[f"{args.run}, whole vocabulary"] = speaker.model, tokenizer
+        models[args.before] = base, tokenizer
+    shots, results = read_rows(args.shots) if args.shots else [], {}
+    for name, (model, tokenizer) in models.items():
+        result = results[name] = {}
+        for path in args.text:
+            with open(path, encoding="utf-8") as f:
+                result[path] = bits_per_byte(model, speaker.vocab, tokenizer, f.read())
+            print(f"{name}: {path}: {result[path][0]:.3f} bits a byte, perplexity {result[path][1]:.1f}")
+        for path in args.choices:
+            rows = read_rows(path, args.n)
+            found = result[path] = multiple_choice(model, speaker.vocab, tokenizer, rows, shots)
+            print(f"{name}: {path}: " + ", ".join(
+                "{} {:.1f} % ({:.1f} to {:.1f})".format(key, *(100 * x for x in found[key])) for key in (
+                    "acc", "acc_norm")) + f", n={found['n']}", flush=True)
+    if os.path.isdir(speaker.run):
+        with open(f"{speaker.run}/results_text.json", "w") as f:
+            json.dump(results, f, indent=1)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as problem:
+        print(f"eval_text.py: {problem}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,59 @@
+"""Claim: text is judged by what the model itself predicts, the same for one document and for many."""
+import json
+import math
+
+import pytest
+import torch
+from conftest import ROOT, run_here
+
+from eval_text import ask, bits_per_byte, log_probabilities, multiple_choice, read_rows
+from heads import stream_logits
+from interleave import text_frames
+from sample import Speaker
+
+
+@pytest.fixture(scope="module")
+def speaker(tiny_run):
+    return Speaker(tiny_run, dtype="float32")
+
+
+def test_log_probabilities_are_those_of_the_logits_alone_or_together(speaker):
+    documents = [([3, 1, 4, 1, 5, 9], 2), ([2, 6], 1), ([5, 3, 5, 8, 9, 7, 9], 6)]
+    together = log_probabilities(speaker.model, speaker.vocab, documents)
+    for (ids, n), found in zip(documents, together):
+        hidden = speaker.model(text_frames(speaker.vocab, ids), [len(ids)])
+        logits = stream_logits(speaker.model, hidden, 0, slice(*speaker.vocab.text)).log_softmax(1)
+        expected = logits[range(len(ids) - n - 1, len(ids) - 1), ids[-n:]]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_text_counts_each_of_its_tokens_once(speaker):
+    """In one window it is the plain sum; with windows each but the first token is still predicted once."""
+    text = "seven three five one"
+    ids = speaker.text_tokenizer.encode(text)
+    bits, perplexity = bits_per_byte(speaker.model, speaker.vocab, speaker.text_tokenizer, text)
+    [found] = log_probabilities(speaker.model, speaker.vocab, [(ids, len(ids) - 1)])
+    assert perplexity == pytest.approx(math.exp(-float(found.mean())))
+    assert bits == pytest.approx(-float(found.sum()) / math.log(2) / len("three five one"))
+    long = bits_per_byte(speaker.model, speaker.vocab, speaker.text_tokenizer, "one two " * 1100)
+    assert 0 < long[0] < 20 and long[1] < 1000
+
+
+def test_the_likeliest_choice_wins_and_letters_follow_their_examples(speaker, tmp_path):
+    words = ["one", "two", "three", "four five six"]
+    rows = [{"question": "seven", "choices": words, "gold": gold} for gold in range(4)]
+    found = multiple_choice(speaker.model, speaker.vocab, speaker.text_tokenizer, rows)
+    assert found["acc"][0] == found["acc_norm"][0] == 0.25, "one and the same choice wins four times"
+    row = {"question": "Q?", "choices": ["x", "y"], "gold": 1, "subject": "high_school_physics"}
+    context, letters = ask(row, [row | {"question": "E?"}, row | {"subject": "law"}])
+    assert letters == [" A", " B"]
+    assert context.endswith("E?\nA. x\nB. y\nAnswer: B\n\nQ?\nA. x\nB. y\nAnswer:")
+    assert "about high school physics." in context
+    path = tmp_path / "q.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert read_rows(str(path), 2) == [rows[0], rows[2]]
+    code, out, err = run_here(ROOT / "eval_text.py", speaker.run, f"--choices={path}")
+    assert code == 0 and "acc 25.0 %" in out, err
+    path.write_text(json.dumps(rows[0] | {"gold": 4}))
+    code, _, err = run_here(ROOT / "eval_text.py", speaker.run, f"--choices={path}")
+    assert code == 2 and "line 1 is not a question" in err
