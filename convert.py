@@ -95,9 +95,10 @@ def read_tensor(path, name):
 def base_weights(folder, config, vocab, seed, said=None):
     """A Hugging Face LLM as the weights of our Model -> {our name: function that reads it}.
 
-    Text rows of emb and lm_head are the LLM's input and output table (a tied LLM fills both). New rows get
-    the spread of that table. NOTE(espnet): it passes the table's variance as the standard deviation, so
-    that new rows start about 25 times smaller.
+    Text rows of emb and lm_head are the LLM's input and output table (a tied LLM fills both). New rows of emb
+    get the spread of that table, those of lm_head a tenth of it: of full size they would predict speech with
+    such confidence that it costs 20 nats a token at first, where ignorance costs 7. NOTE(espnet): it passes
+    the table's variance as the standard deviation, so that new rows start about 25 times smaller.
 
     said (n_semantic, n_text): share of each text token in what is said while a semantic token is active
     (align.py). A semantic row of emb is then the mean of those text rows, at the table's spread, with half
@@ -131,7 +132,7 @@ def base_weights(folder, config, vocab, seed, said=None):
     def joint(name, theirs):
         text = read_tensor(found[theirs][0], theirs).float()                # (n_text, D)
         rows = torch.empty(config.vocab_size, config.d_model)
-        rows.normal_(0, text.std().item(), generator=generator)
+        rows.normal_(0, text.std().item() * (0.1 if name == "lm_head" else 1), generator=generator)
         if said is not None and name == "emb":
             heard = torch.from_numpy(said) @ text                           # (n_semantic, D)
             start, end = config.streams[0]

@@ -164,6 +164,7 @@ def steps(model, vocab, prefixes, modality, max_frames, min_frames=1, temperatur
           acoustic_temperature=0.0, top_k=30, generator=None):
     """Go on from aligned prefixes [(T_i, N)], step by step; yields (frames, known, eos) after each.
 
+    max_frames, min_frames: numbers, or one for each prefix.
     frames (B, T_max, N): aligned ids so far.  known (B,): frames of each prefix.  eos (B,): where each
     ended, or may end at most. Frame t of a row is complete once step t - known + N - 1 is done. A step
     predicts the delayed row t: stream n's entry belongs to frame t - n. It is one of three things:
@@ -177,7 +178,8 @@ def steps(model, vocab, prefixes, modality, max_frames, min_frames=1, temperatur
     known = torch.tensor([len(prefix) for prefix in prefixes], device=device)               # (B,)
     if known.min() == 0:
         raise ValueError("nothing to start from: give at least one token")
-    longest = int(known.max())
+    limit, at_least = (torch.as_tensor(n, device=device).expand(B) for n in (max_frames, min_frames))
+    longest, max_frames = int(known.max()), int(limit.max())
     frames = torch.full((B, longest + max_frames + N, N), PAD, device=device)               # aligned
     for b, prefix in enumerate(prefixes):
         frames[b, :len(prefix)] = prefix
@@ -190,13 +192,12 @@ def steps(model, vocab, prefixes, modality, max_frames, min_frames=1, temperatur
         model.decoding_heads[modality] = DecodingHeads(model, modality)
     heads, starts = model.decoding_heads[modality], vocab.starts.to(device)
     drain = N - 1 if modality == SPEECH else 0
-    eos = known + max_frames                                                                # where eos stands
+    eos = known + limit                                                                     # where eos stands
     for count in range(max_frames + drain):
         t = known + count                                                   # (B,) the row to predict
         row = torch.full((B, N), PAD, device=device)
         first, acoustic = heads(hidden)
-        if count < min_frames:
-            first[:, 0] = -torch.inf
+        first[count < at_least, 0] = -torch.inf
         row[:, 0] = heads.ids[pick(first, temperature, top_k, generator)]
         if acoustic is not None:
             row[:, 1:] = pick(acoustic, acoustic_temperature, top_k, generator) + starts[1:]
@@ -218,5 +219,40 @@ def generate(model, vocab, prefixes, modality, max_frames, *options, **named):
     itself within max_frames. Options as of `steps`."""
     for state in steps(model, vocab, prefixes, modality, max_frames, *options, **named):
         frames, known, eos = state
-    ended = (eos < known + max_frames).tolist()
+    ended = (eos < known + torch.as_tensor(max_frames, device=eos.device)).tolist()
     return [(frames[b, known[b]:eos[b]].cpu(), ended[b]) for b in range(len(prefixes))]
+
+
+@torch.no_grad()
+def beam_search(model, vocab, prefix, modality, max_frames, beam=4):
+    """The likeliest continuation of one aligned prefix (T, N), in stream 0, that a beam finds -> (frames
+    (L, N), ended). By the mean log probability of its tokens and its end: short ones have no advantage."""
+    if not hasattr(model, "step_blocks"):
+        raise ValueError("decoding lays out a model's weights anew: call prepare_for_decoding(model) first")
+    device, known = model.emb.device, len(prefix)
+    frames = torch.full((1, known + max_frames + vocab.n_stream, vocab.n_stream), PAD, device=device)
+    frames[0, :known] = prefix
+    cache = KVCache(model.config, 1, frames.shape[1], device, model.dtype)
+    start = torch.zeros(1, dtype=torch.long, device=device)
+    hidden = model.extend(delay(frames)[:, :known], cache, start)[:, -1]                    # (1, D)
+    if modality not in model.decoding_heads:
+        model.decoding_heads[modality] = DecodingHeads(model, modality)
+    heads, total, finished = model.decoding_heads[modality], torch.zeros(1, device=device), []
+    for count in range(max_frames):
+        scores = heads(hidden)[0].log_softmax(-1) + total[:, None]                          # (beams, V)
+        total, best = scores.flatten().topk(min(2 * beam, scores.numel()))
+        parent, token = best // scores.shape[1], heads.ids[best % scores.shape[1]]
+        for k in (token[:beam] == EOS).nonzero()[:, 0].tolist():
+            finished.append((float(total[k]) / (count + 1), frames[parent[k], known:known + count].clone()))
+        going = (token != EOS).nonzero()[:beam, 0]
+        total, parent, token = total[going], parent[going], token[going]
+        done = max((score for score, _ in finished), default=-torch.inf)
+        if float(total.max()) / (max_frames + 1) < done and len(finished) >= beam:
+            break                   # even without another mistake none of these would overtake it
+        frames = frames[parent]
+        frames[:, known + count, 0] = token
+        cache.k, cache.v = cache.k[:, parent], cache.v[:, parent]           # each goes on from its parent
+        hidden = step(model, frames[:, known + count], cache, torch.full_like(token, known + count))
+    if not finished:
+        return frames[int(total.argmax()), known:known + max_frames].cpu(), False
+    return max(finished, key=lambda found: found[0])[1].cpu(), True

@@ -26,21 +26,11 @@ from checkpoint import same_vocab
 from data import Dataset, Loader
 from heads import batch_loss, mean_losses, weighted_loss
 from interleave import build_sequence, speech_frames, text_frames, training_rows
-from sample import Speaker
+from sample import Speaker, edit_distance
 from spoken_numbers import ONES, TENS, cardinal, digits
 from tokenize_audio import Tokenizer, load_audio
 
 NUMBER_WORDS = {*ONES, *TENS, "hundred", "thousand", "and"}
-
-
-def edit_distance(reference, hypothesis):
-    """Fewest word insertions, deletions and substitutions between two lists (Levenshtein)."""
-    row = list(range(len(hypothesis) + 1))
-    for i, r in enumerate(reference, 1):
-        diagonal, row[0] = row[0], i
-        for j, h in enumerate(hypothesis, 1):
-            diagonal, row[j] = row[j], min(diagonal + (r != h), row[j] + 1, row[j - 1] + 1)
-    return row[-1]
 
 
 def edit_counts(reference, hypothesis):

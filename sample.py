@@ -2,7 +2,9 @@
 
 Fourteenth file of the reading order.
   python sample.py out/numbers asr a.wav b.wav                                   one transcript a line
-  python sample.py out/numbers tts "seven three five" --prompt voice.wav --out x.wav
+  ls *.wav | python sample.py out/numbers asr - --beam=4 --json                  files from stdin
+  python sample.py out/numbers tts "seven three five" --prompt voice.wav --best=5 --out x.wav
+  python sample.py out/numbers tts - --prompt voice.wav --out folder < lines     a wav for each, and a list
   python sample.py out/numbers continue a.wav --out x.wav
   python sample.py out/numbers text "seven three"
   python sample.py export out/numbers folder                 model, configuration and tokenizers, for others
@@ -10,6 +12,7 @@ Fourteenth file of the reading order.
 On a CPU, --quant=int8 decodes faster at a small loss of precision; tts --stream writes while it speaks.
 """
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -22,10 +25,53 @@ import torch
 from checkpoint import load_model, save_model
 from convert import export_text, is_published
 from data import prompt_frames
-from decode import generate, prepare_for_decoding, steps
+from decode import beam_search, generate, prepare_for_decoding, steps
 from interleave import SPEECH, TEXT, Vocab, generation_prefix, speech_codes, speech_frames, text_frames
 from tokenize_audio import Tokenizer, load_audio
 from tokenize_text import TOKENIZER_FILES, TextTokenizer, find_folder
+
+FRAMES_A_LETTER = 1, 12     # speech is not shorter (50 letters a second) nor longer (4, and a second more)
+PIECE_LETTERS = 200         # longer texts are spoken piece by piece
+
+
+# ---- pieces ------------------------------------------------------------------------------------------------
+
+def edit_distance(reference, hypothesis):
+    """Fewest insertions, deletions and substitutions between two lists (Levenshtein)."""
+    row = list(range(len(hypothesis) + 1))
+    for i, r in enumerate(reference, 1):
+        diagonal, row[0] = row[0], i
+        for j, h in enumerate(hypothesis, 1):
+            diagonal, row[j] = row[j], min(diagonal + (r != h), row[j] + 1, row[j - 1] + 1)
+    return row[-1]
+
+
+def cut_text(text, letters=PIECE_LETTERS):
+    """A long text -> pieces of at most so many letters, cut at ends of sentences, else commas, else words."""
+    words, pieces = text.split(), []
+    while words:
+        n, size = 0, 0
+        while n < len(words) and (n == 0 or size + len(words[n]) < letters):
+            size, n = size + len(words[n]) + 1, n + 1
+        if n < len(words):
+            ends = [[k for k in range(1, n + 1) if words[k - 1][-1] in marks] for marks in (".!?", ",;:")]
+            n = next((group[-1] for group in ends if group), n)
+        pieces.append(" ".join(words[:n]))
+        words = words[n:]
+    return pieces
+
+
+def cut_wav(wav, seconds):
+    """Long speech (n,) at 16 kHz -> pieces of at most so many seconds, cut where it is quietest in the last
+    third of each."""
+    pieces, size, step = [], int(seconds * Tokenizer.sample_rate), Tokenizer.sample_rate // 10
+    while len(wav) > size:
+        places = range(size * 2 // 3, size - step + 1, step // 2)
+        cut = min(places, key=lambda k: float(np.square(wav[k:k + step]).mean())) + step // 2
+        pieces.append(wav[:cut])
+        wav = wav[cut:]
+    return [*pieces, wav]
+
 
 # ---- tasks -------------------------------------------------------------------------------------------------
 
@@ -76,23 +122,37 @@ class Speaker:
             raise ValueError("the text is empty")
         return text_frames(self.vocab, self.text_tokenizer.encode(text))
 
-    def transcribe(self, codes, batch=50):
-        """Recognition, greedy: [codes (T, N)] -> [text], of at most T / 4 + 8 tokens."""
+    def transcribe(self, codes, batch=50, beam=1):
+        """Recognition, greedy or by a beam: [codes (T, N)] -> [text], of at most T / 4 + 8 tokens."""
         order, texts = sorted(range(len(codes)), key=lambda i: len(codes[i])), [""] * len(codes)
         for start in range(0, len(order), batch):
             part = order[start:start + batch]
             speech = [speech_frames(self.vocab, codes[i], self.config.semantic_asr) for i in part]
             prefixes = [generation_prefix(self.vocab, "asr", {"speech": frames}) for frames in speech]
-            limit = max(len(codes[i]) for i in part) // 4 + 8
-            for i, (frames, _) in zip(part, generate(self.model, self.vocab, prefixes, TEXT, limit)):
-                texts[i] = self.text(frames[:len(codes[i]) // 4 + 8])    # its own limit, not the batch's
+            limits = [len(codes[i]) // 4 + 8 for i in part]
+            if beam > 1:
+                found = [beam_search(self.model, self.vocab, prefix, TEXT, limit, beam)
+                         for prefix, limit in zip(prefixes, limits)]
+            else:
+                found = generate(self.model, self.vocab, prefixes, TEXT, limits)
+            for i, (frames, _) in zip(part, found):
+                texts[i] = self.text(frames)
         return texts
 
-    def speech_options(self, min_frames, generator):
-        """What `decode.steps` takes for speech: limits, temperatures, random numbers."""
-        c = self.config
-        temperatures = c.temperature, c.acoustic_temperature
-        return SPEECH, self.max_speech(), min_frames, *temperatures, c.top_k, generator
+    def transcribe_wav(self, wav, beam=1):
+        """Speech (n,) at 16 kHz of any length -> text: in pieces not longer than training's longest."""
+        pieces = cut_wav(wav, self.config.max_audio_s)
+        return " ".join(self.transcribe([self.encode(piece) for piece in pieces], beam=beam))
+
+    def speech_options(self, generator, texts=None):
+        """What `decode.steps` takes for speech: limits (of given texts, by their letters), temperatures,
+        random numbers."""
+        c, longest, shortest = self.config, self.max_speech(), 1
+        if texts:
+            low, high = FRAMES_A_LETTER
+            shortest = [max(3, min(longest, low * len(text))) for text in texts]
+            longest = [min(longest, high * len(text) + int(Tokenizer.frame_hz)) for text in texts]
+        return SPEECH, longest, shortest, c.temperature, c.acoustic_temperature, c.top_k, generator
 
     def tts_prefix(self, text, prompt):
         """text, prompt codes (T, N) or None -> the aligned frames (T, N) that speech follows."""
@@ -109,9 +169,37 @@ class Speaker:
         """Speech synthesis: [text] and voice prompts [codes (T, N) or None] -> [(codes (L, N), ended)]."""
         results, prefixes = [], [self.tts_prefix(text, prompt) for text, prompt in zip(texts, prompts)]
         for start in range(0, len(texts), batch):
-            results += generate(self.model, self.vocab, prefixes[start:start + batch],
-                                *self.speech_options(3, generator))
+            part = slice(start, start + batch)
+            results += generate(self.model, self.vocab, prefixes[part],
+                                *self.speech_options(generator, texts[part]))
         return [(speech_codes(self.vocab, frames), ended) for frames, ended in results]
+
+    def synthesise_best(self, texts, prompts, n, generator=None):
+        """The best of n samples of each text: which the model itself reads with the fewest wrong words, and
+        of those one that ended -> [(codes, ended)], as `synthesise`, and the share of wrong words."""
+        samples = self.synthesise([text for text in texts for _ in range(n)],
+                                  [prompt for prompt in prompts for _ in range(n)], generator)
+        if n == 1:
+            return samples, None
+        heard = self.transcribe([np.asarray(codes) for codes, _ in samples])
+        best, wrong = [], []
+        for k, text in enumerate(texts):
+            words = text.lower().split()
+            errors = {j: edit_distance(words, heard[j].lower().split()) for j in range(k * n, k * n + n)}
+            chosen = min(errors, key=lambda j: (errors[j], not samples[j][1]))
+            best.append(samples[chosen])
+            wrong.append(errors[chosen] / max(1, len(words)))
+        return best, wrong
+
+    def speak(self, text, prompt, n=1, generator=None):
+        """Speech of a text of any length -> (wav (m,), {"ended", "wrong"}): in pieces, a breath between."""
+        pieces = cut_text(text) or [text]
+        best, wrong = self.synthesise_best(pieces, [prompt] * len(pieces), n, generator)
+        breath, wavs = np.zeros(Tokenizer.sample_rate // 10, np.float32), []
+        for codes, _ in best:
+            wavs += [self.decode(codes), breath]
+        about = {"ended": all(ended for _, ended in best), "wrong": wrong and float(np.mean(wrong))}
+        return np.concatenate(wavs[:-1]), about
 
     def synthesise_stream(self, text, prompt, generator=None, chunk=25, overlap=6):
         """Yields wav pieces (n,) at 16 kHz while it decodes: every `chunk` frames what is certain by then.
@@ -123,7 +211,7 @@ class Speaker:
         decode_next = self.voice().start_decoding()
         done, tail, hop = 0, np.zeros(0, np.float32), int(Tokenizer.sample_rate / Tokenizer.frame_hz)
         going = steps(self.model, self.vocab, [self.tts_prefix(text, prompt)],
-                      *self.speech_options(3, generator))
+                      *self.speech_options(generator, [text]))
         state, count = next(going), 1
         while state is not None:
             frames, known, eos = state
@@ -148,7 +236,7 @@ class Speaker:
     def continue_speech(self, codes, generator=None):
         """codes (T, N) -> (the new codes (L, N), ended)."""
         prefix = generation_prefix(self.vocab, "speech", {"speech": speech_frames(self.vocab, codes)})
-        [(frames, ended)] = generate(self.model, self.vocab, [prefix], *self.speech_options(1, generator))
+        [(frames, ended)] = generate(self.model, self.vocab, [prefix], *self.speech_options(generator))
         return speech_codes(self.vocab, frames), ended
 
     def continue_text(self, text, max_tokens=50, generator=None):
@@ -212,7 +300,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="folder of a run or of a checkpoint")
     parser.add_argument("task", choices=["asr", "tts", "continue", "text"])
-    parser.add_argument("input", nargs="+", help="audio files, or the text")
+    parser.add_argument("input", nargs="+", help="audio files, or the text; - reads lines from stdin")
     parser.add_argument("--prompt", help="tts: a recording of the voice to speak in, a second or more")
     parser.add_argument("--out", default="out.wav", help="tts, continue: the wav to write")
     parser.add_argument("--temperature", type=float, help="of text and semantic tokens (default: the run's)")
@@ -221,6 +309,9 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quant", default="", help="int8: faster decoding on a CPU")
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
+    parser.add_argument("--beam", type=int, default=1, help="asr: keep so many hypotheses (1: greedy)")
+    parser.add_argument("--best", type=int, default=1, help="tts: of so many samples the best, by own ASR")
+    parser.add_argument("--json", action="store_true", help="asr: a line of json for each file")
     parser.add_argument("--stream", action="store_true", help="tts: write while it speaks")
     args = parser.parse_args()
     speaker = Speaker(args.run, quant=args.quant, dtype=args.dtype)
@@ -229,25 +320,51 @@ def main():
             setattr(speaker.config, name, getattr(args, name))
     generator = torch.Generator().manual_seed(args.seed)
     read = lambda path: speaker.encode(load_audio(path))
+    from_stdin = args.input == ["-"]
+    lines = [line.strip() for line in sys.stdin if line.strip()] if from_stdin else args.input
     if args.task == "asr":
-        for text in speaker.transcribe([read(path) for path in args.input]):
-            print(text)
+        for path in lines:
+            text = speaker.transcribe_wav(load_audio(path), args.beam)
+            line = json.dumps({"audio": path, "text": text}, ensure_ascii=False) if args.json else text
+            print(line, flush=True)
     elif args.task == "text":
-        print(speaker.continue_text(" ".join(args.input), generator=generator))
+        for text in lines if from_stdin else [" ".join(lines)]:
+            print(speaker.continue_text(text, generator=generator), flush=True)
+    elif args.task == "tts":
+        prompt = read(args.prompt) if args.prompt else None
+        if args.stream:
+            return write_stream(args.out, speaker.synthesise_stream(" ".join(lines), prompt, generator))
+        speak_all(speaker, lines if from_stdin else [" ".join(lines)], prompt, args, generator)
     else:
-        if args.task == "tts":
-            prompt = read(args.prompt) if args.prompt else None
-            if args.stream:
-                text = " ".join(args.input)
-                return write_stream(args.out, speaker.synthesise_stream(text, prompt, generator))
-            [(codes, ended)] = speaker.synthesise([" ".join(args.input)], [prompt], generator)
-        else:
-            given = read(args.input[0])
-            new, ended = speaker.continue_speech(given, generator)
-            codes = torch.cat([torch.from_numpy(given), new])
-        soundfile.write(args.out, speaker.decode(codes), Tokenizer.sample_rate)
-        print(f"{args.out}: {len(codes) / Tokenizer.frame_hz:.2f} s, "
-              + ("ended by itself" if ended else f"cut after {speaker.config.max_speech_s:g} s, no end came"))
+        given = read(args.input[0])
+        new, ended = speaker.continue_speech(given, generator)
+        wav = speaker.decode(torch.cat([torch.from_numpy(given), new]))
+        soundfile.write(args.out, wav, Tokenizer.sample_rate)
+        print(f"{args.out}: {how_it_ended(speaker, wav, ended)}")
+
+
+def how_it_ended(speaker, wav, ended):
+    seconds, limit = len(wav) / Tokenizer.sample_rate, speaker.config.max_speech_s
+    return f"{seconds:.2f} s, " + (
+        "ended by itself" if ended else f"cut at its limit (at most {limit:g} s), no end came")
+
+
+def speak_all(speaker, texts, prompt, args, generator):
+    """One text into the wav args.out; lines of stdin into that folder, with samples.jsonl about each."""
+    for number, text in enumerate(texts):
+        path = args.out
+        if args.input == ["-"]:
+            os.makedirs(args.out, exist_ok=True)
+            path = f"{args.out}/{number:04d}.wav"
+        wav, about = speaker.speak(text, prompt, args.best, generator)
+        soundfile.write(path, wav, Tokenizer.sample_rate)
+        print(f"{path}: {how_it_ended(speaker, wav, about['ended'])}"
+              + (f"; {100 * about['wrong']:.0f} % wrong by its own ear" if args.best > 1 else ""), flush=True)
+        if args.input == ["-"]:
+            about |= {"wav": path, "text": text, "prompt": args.prompt,
+                      "seconds": len(wav) / Tokenizer.sample_rate}
+            with open(f"{args.out}/samples.jsonl", "a" if number else "w", encoding="utf-8") as f:
+                f.write(json.dumps(about, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

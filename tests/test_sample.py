@@ -1,5 +1,9 @@
 """Claim: decoding emits only what each stream may say, keeps the delay, and answers from the command line."""
 import copy
+import io
+import json
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -9,12 +13,12 @@ from conftest import ROOT, run_here
 
 from attention import KVCache
 from data import Dataset
-from decode import generate, pick, prepare_for_decoding, step
+from decode import beam_search, generate, pick, prepare_for_decoding, step
 from eval import listening, perplexities
 from heads import stream_logits
 from interleave import EOS, PAD, SPEECH, TEXT, delay, generation_prefix, speech_codes
 from model import Model, ModelConfig
-from sample import Speaker
+from sample import Speaker, cut_text, cut_wav
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +57,31 @@ def test_greedy_decoding_is_the_argmax_of_the_full_forward(toy, toy_example, mod
                 row = len(prefix) + t + n - 1                       # predicts the delayed row of this token
                 logits = stream_logits(model, hidden[row], n, slice(start, end))
                 assert frames[t, n] == start + logits.argmax()
+
+
+def test_a_beam_finds_the_likeliest_text(toy, toy_example, model):
+    """One beam is greedy decoding; so many that none is lost find what trying everything finds."""
+    prefix = generation_prefix(toy, "asr", {"speech": toy_example(6)["speech"]})
+    [(greedy, ended)] = generate(model, toy, [prefix], TEXT, 5, 0)
+    found, found_end = beam_search(model, toy, prefix, TEXT, 5, 1)
+    assert torch.equal(found, greedy) and not ended and not found_end
+    table = [EOS, *range(*toy.text)]
+
+    def after(ids):
+        rows = torch.zeros(len(ids), toy.n_stream, dtype=torch.long)
+        rows[:, 0] = torch.tensor(ids)
+        hidden = model(delay(torch.cat([prefix, rows])), [len(prefix) + len(ids)])[-1]
+        return stream_logits(model, hidden, 0, slice(0, toy.size))[table].log_softmax(0)
+
+    best = (-1e9, None)
+    for first in table[1:]:
+        for ids in ([first], *([first, second] for second in table[1:])):
+            chain = [*ids, EOS]
+            total = sum(float(after(chain[:k])[table.index(chain[k])]) for k in range(len(chain)))
+            best = max(best, (total / len(chain), ids))
+    best = max(best, (float(after([])[0]), []))
+    found, ended = beam_search(model, toy, prefix, TEXT, 3, 200)
+    assert ended and found[:, 0].tolist() == best[1]
 
 
 def test_continuing_speech_keeps_the_acoustic_tokens_that_were_due(toy, toy_example, model):
@@ -101,7 +130,7 @@ def test_the_fast_step_is_the_plain_one_also_for_ragged_prompts(model_type, toy,
 def test_streamed_speech_is_the_speech_in_pieces(tiny_run, tiny_data, monkeypatch):
     """75 frames, with no end before, in pieces of at least 10."""
     speaker, codes = Speaker(tiny_run, dtype="float32"), Dataset(tiny_data, "unseen")[0][0]
-    monkeypatch.setattr(speaker, "speech_options", lambda _, g: (SPEECH, 75, 75, 0.5, 0.5, 10, g))
+    monkeypatch.setattr(speaker, "speech_options", lambda g, texts: (SPEECH, 75, 75, 0.5, 0.5, 10, g))
     text = "seven three five"
     [(whole, _)] = speaker.synthesise([text], [codes], torch.Generator().manual_seed(3))
     pieces = list(speaker.synthesise_stream(text, codes, torch.Generator().manual_seed(3), chunk=10))
@@ -116,6 +145,29 @@ def test_streamed_speech_is_the_speech_in_pieces(tiny_run, tiny_data, monkeypatc
     monkeypatch.setattr(speaker.tokenizer, "start_decoding", goes_on)
     pieces = list(speaker.synthesise_stream(text, codes, torch.Generator().manual_seed(3), chunk=10))
     assert np.array_equal(np.concatenate(pieces), np.repeat(np.asarray(whole)[:, 1], 320))
+
+
+def test_long_texts_and_long_speech_go_in_pieces():
+    text = "A first sentence, with a comma. A second one! And then a third, which is long and has no end"
+    pieces = cut_text(text, 40)
+    assert pieces == ["A first sentence, with a comma.", "A second one!", "And then a third,",
+                      "which is long and has no end"]
+    assert " ".join(cut_text(text, 9)).split() == text.split(), "no word is lost, be it ever so long"
+    wav = np.random.default_rng(0).uniform(-1, 1, 16000 * 5).astype(np.float32)
+    wav[26000:30000] = 0
+    pieces = cut_wav(wav, 2.0)
+    assert np.array_equal(np.concatenate(pieces), wav) and max(map(len, pieces)) <= 32000
+    assert 26000 <= len(pieces[0]) <= 30000, "cut where it is quiet"
+
+
+def test_the_best_sample_is_what_the_model_itself_reads_best(tiny_run, tiny_data, monkeypatch):
+    speaker, dataset = Speaker(tiny_run, dtype="float32"), Dataset(tiny_data, "seen")
+    codes = dataset[0][0]
+    samples = [(codes[:9], False), (codes[:10], False), (codes[:11], True), (codes[:12], True)]
+    monkeypatch.setattr(speaker, "synthesise", lambda texts, prompts, generator: samples)
+    monkeypatch.setattr(speaker, "transcribe", lambda codes: ["one", "one two", "one two", "three"])
+    [best], wrong = speaker.synthesise_best(["One two"], [None], 4)
+    assert len(best[0]) == 11 and wrong == [0.0], "as right as another, but it came to an end"
 
 
 def test_batches_decode_like_single_utterances(tiny_run, tiny_data):
@@ -151,7 +203,7 @@ def test_listening_compares_an_utterances_speech_with_anothers(tiny_run, tiny_da
     assert same["own"] == same["other"]
 
 
-def test_the_command_line_speaks_and_listens(tiny_run, tiny_data, tmp_path):
+def test_the_command_line_speaks_and_listens(tiny_run, tiny_data, tmp_path, monkeypatch):
     voice = Dataset(tiny_data, "unseen").info["audio"][0]
     out = str(tmp_path / "x.wav")
 
@@ -162,6 +214,13 @@ def test_the_command_line_speaks_and_listens(tiny_run, tiny_data, tmp_path):
     assert "x.wav" in call("tts", "seven three five", "--prompt", voice, "--out", out, "--quant=int8")[1]
     wav, sr = soundfile.read(out)
     assert sr == 16000 and len(wav) % 320 == 0
+    said = [json.loads(line) for line in call("asr", voice, voice, "--json", "--beam=2")[1].splitlines()]
+    assert [row["audio"] for row in said] == [voice, voice] and said[0]["text"] == said[1]["text"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one two\n\nthree\n"))
+    code, told, _ = call("tts", "-", "--prompt", voice, "--out", str(tmp_path / "many"), "--best=2")
+    rows = [json.loads(line) for line in open(tmp_path / "many/samples.jsonl")]
+    assert [row["text"] for row in rows] == ["one two", "three"] and "wrong by its own ear" in told
+    assert all(os.path.exists(row["wav"]) and row["wrong"] >= 0 for row in rows)
     for arguments, message in ((("tts", "one"), "without a voice prompt"),
                                (("asr", "none.wav"), "no such file"),
                                (("tts", " ", "--prompt", voice), "text is empty")):
