@@ -38,7 +38,7 @@ class Config:
     splice_frames: int = 0          # join utterances that follow each other up to this length; 0 = never
     prompt_len: int = 50            # frames of the TTS voice prompt (500 in OpusLM)
     token_streams: str = "both"     # or semantic, acoustic: one half of the speech tokens (ablations)
-    semantic_asr: bool = False      # recognition reads the semantic tokens alone, synthesis keeps all
+    semantic_asr: bool = False      # recognition reads semantic tokens alone, without repetitions
     loss_region: str = "whole"      # whole (pre-training) or target (fine-tuning)
     special_weight: float = 1.0     # loss weight of markers, task tokens and eos (10 in the original recipes)
     softmax: str = "grammar"        # or original: see heads.token_losses

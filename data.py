@@ -21,6 +21,7 @@ from interleave import (
     TASKS,
     Vocab,
     build_sequence,
+    changes,
     speech_frames,
     stream0_frames,
     task_length,
@@ -163,6 +164,8 @@ class Loader:
         share = np.array([mixture[task] for task in self.tasks], float)
         self.share = np.cumsum(share / share.sum())
         self.frames, self.tokens = (np.concatenate([[0], np.cumsum(dataset.index[:, k])]) for k in (1, 3))
+        self.heard = self.frames if not semantic_asr else np.concatenate([[0], np.cumsum(
+            [int(changes(dataset[i][0][:, 0]).sum()) for i in range(len(dataset))])])
         self.joinable = self.find_joinable(splice)
         self.pool, self.folder_share = {}, {}
         for task in self.tasks if len(dataset) else ():
@@ -207,7 +210,8 @@ class Loader:
         array of them), and how many are joined, beginning with it."""
         if task == "text":
             count = 1
-        lengths = {"speech": self.frames[i + count] - self.frames[i], "prompt": self.prompt_len,
+        frames = self.heard if task == "asr" else self.frames
+        lengths = {"speech": frames[i + count] - frames[i], "prompt": self.prompt_len,
                    "text": self.tokens[i + count] - self.tokens[i] + (count - 1) * len(self.separator)}
         return task_length(self.vocab, task, lengths) - 1
 

@@ -114,7 +114,9 @@ class Vocab:
 
 
 def speech_frames(vocab, codes, semantic_only=False):
-    """Raw codes (T, N), each from 0 in its own codebook -> joint ids (T, N); semantic_only: the rest is pad.
+    """Raw codes (T, N), each from 0 in its own codebook -> joint ids (T, N).
+
+    semantic_only: the rest is pad, and a token that repeats the one before is left out, so fewer frames.
 
     NOTE(espnet): its loader shifts every stored id but 0 past the specials, so that semantic cluster 0 became
     pad and the first semantic id is never used. What was trained so wants it so (vocab.published).
@@ -126,8 +128,16 @@ def speech_frames(vocab, codes, semantic_only=False):
     if vocab.published and vocab.n_semantic:
         frames[codes[:, 0] == 0, 0] = PAD
     if semantic_only:
+        frames = frames[changes(codes[:, 0])]
         frames[:, 1:] = PAD
     return frames
+
+
+def changes(semantic):
+    """Semantic tokens (T,) -> (T,) bool: is it another than the one before? Tokens of 20 ms repeat often, and
+    a text LLM reads them the better the less they do."""
+    semantic = torch.as_tensor(semantic)
+    return torch.cat([torch.ones(min(1, len(semantic)), dtype=torch.bool), semantic[1:] != semantic[:-1]])
 
 
 def speech_codes(vocab, frames):

@@ -57,6 +57,15 @@ def test_rows_are_nearly_full_and_keep_documents_apart(loader):
     assert loader.dropped < 0.05 * sum(len(row) for step in range(20) for row in loader.plan(step))
 
 
+def test_lengths_are_known_before_anything_is_read(tiny_data):
+    """What packing counts on is what a document takes, whatever the task reads of the speech."""
+    for semantic_asr in (False, True):
+        loader = Loader(Dataset(tiny_data, "train"), MIXTURE, 2, 768, 20, 0, semantic_asr=semantic_asr)
+        for task in MIXTURE:
+            for i in (0, 5, 70):
+                assert len(loader.document(task, i, 0)[0]) - 1 == loader.length(task, i)
+
+
 def test_tasks_come_in_the_mixture_that_was_asked_for(loader):
     counts = dict.fromkeys(MIXTURE, 0)
     for step in range(100):

@@ -105,3 +105,11 @@ def test_codes_and_prefixes(toy, toy_example):
     prefix = generation_prefix(toy, "tts", {"text": entries["text"], "prompt": entries["prompt"]})
     full, _, _ = build_sequence(toy, "tts", entries)
     assert torch.equal(prefix, full[:len(prefix)]) and prefix[-1, 0] == SPECIAL["<codec_ssl_start>"]
+
+
+def test_recognition_may_read_semantic_tokens_alone_each_once(toy):
+    codes = torch.randint(8, (6, 9), generator=torch.Generator().manual_seed(0))
+    codes[:, 0] = torch.tensor([3, 3, 5, 5, 5, 3])
+    frames = speech_frames(toy, codes, semantic_only=True)
+    assert (frames[:, 0] - toy.streams[0][0]).tolist() == [3, 5, 3] and (frames[:, 1:] == PAD).all()
+    assert len(speech_frames(toy, codes[:0], semantic_only=True)) == 0

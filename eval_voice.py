@@ -1,0 +1,163 @@
+"""Evaluate voices: is it the prompt's voice, does it sound natural, how high and how fast does it speak?
+
+Helper of eval.py:  python eval_voice.py out/numbers --n=40
+The model speaks texts of held-out voices. Beside its speech stand the recording of the same text (tokenized
+and decoded, which is as good as it can get) and one of another speaker (the floor of similarity). Measures
+come from packages that bring their weights, each left out with a line where its package is missing:
+  similarity   cosine of speaker embeddings to the prompt's: resemblyzer, or --speaker_model=FOLDER of an
+               x-vector model for transformers (for instance microsoft/wavlm-base-plus-sv)
+  DNSMOS       predicted mean opinion score, P.835 overall and P.808: speechmos
+  pitch, rate  median fundamental in Hz and its spread in semitones (librosa), letters a second
+Folder RUN/voices keeps the wavs and the wav.scp, prompt.scp, original.scp and text that VERSA takes.
+"""
+import argparse
+import json
+import os
+import sys
+
+import numpy as np
+import soundfile
+import torch
+from tqdm import tqdm
+
+from checkpoint import same_vocab
+from data import Dataset
+from eval import find_data, interval
+from sample import Speaker
+from tokenize_audio import SAMPLE_RATE
+
+PIP = {"resemblyzer": "pip install --no-deps resemblyzer webrtcvad-wheels; pip install librosa",
+       "speechmos": "pip install --no-deps speechmos; pip install librosa onnxruntime",
+       "librosa": "pip install librosa"}
+
+
+def speaker_embedder(folder=None):
+    """-> function wav (n,) at 16 kHz -> unit vector (D,), by resemblyzer or by an x-vector model's folder."""
+    if folder:
+        from transformers import AutoFeatureExtractor, AutoModelForAudioXVector
+        prepare = AutoFeatureExtractor.from_pretrained(folder)
+        model = AutoModelForAudioXVector.from_pretrained(folder).eval()
+
+        @torch.no_grad()
+        def embed(wav):
+            x = prepare(wav, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_values
+            return torch.nn.functional.normalize(model(x).embeddings[0], dim=0).numpy()
+        return embed
+    from resemblyzer import VoiceEncoder, preprocess_wav
+    encoder = VoiceEncoder("cpu", verbose=False)
+    return lambda wav: encoder.embed_utterance(preprocess_wav(wav, SAMPLE_RATE))
+
+
+def dnsmos_scorer():
+    """-> function wav -> {"DNSMOS": P.835 overall, "DNSMOS P.808"}."""
+    from speechmos import dnsmos
+
+    def score(wav):
+        found = dnsmos.run(np.clip(wav, -1, 1), SAMPLE_RATE)
+        return {"DNSMOS": float(found["ovrl_mos"]), "DNSMOS P.808": float(found["p808_mos"])}
+    return score
+
+
+def pitch_meter():
+    """-> function wav -> {"pitch, Hz", "pitch spread, semitones"} of its louder half."""
+    import librosa
+
+    def measure(wav):
+        f0 = librosa.yin(wav, fmin=60, fmax=500, sr=SAMPLE_RATE, frame_length=1024, hop_length=320)
+        loud = librosa.feature.rms(y=wav, frame_length=1024, hop_length=320)[0][:len(f0)]
+        f0 = f0[:len(loud)][loud >= np.median(loud)]
+        return {"pitch, Hz": float(np.median(f0)), "pitch spread, semitones": float(np.std(12 * np.log2(f0)))}
+    return measure
+
+
+def load(package, make, *arguments):
+    """make(*arguments), or None and a line that says how to install the package."""
+    try:
+        return make(*arguments)
+    except ImportError:
+        print(f"left out: {package} is not installed ({PIP[package]})")
+        return None
+
+
+def measure_voices(groups, prompts, texts, embed=None, score=None, pitch=None):
+    """groups {name: [wav (n,)]} of the same texts, prompts [wav] -> {name: {measure: (mean, low, high)}}."""
+    anchors = [embed(wav) for wav in prompts] if embed else []
+    results = {}
+    for name, wavs in groups.items():
+        rows = []
+        for k, wav in enumerate(tqdm(wavs, name, mininterval=2)):
+            row = {"letters a second": len(texts[k].replace(" ", "")) / max(0.1, len(wav) / SAMPLE_RATE)}
+            if embed:
+                row["similarity"] = float(anchors[k] @ embed(wav))
+            row |= score(wav) if score else {}
+            row |= pitch(wav) if pitch else {}
+            rows.append(row)
+        results[name] = {measure: interval([row[measure] for row in rows]) for measure in rows[0]}
+    return results
+
+
+def speak(speaker, dataset, n, seed=0):
+    """n texts of the dataset in the voice of another utterance of the same speaker -> texts, prompts [wav],
+    groups of wavs as of `measure_voices`, and the share that ended by itself."""
+    n = min(n, len(dataset))
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    prompts = [dataset.draw_prompt(i, speaker.config.prompt_len, rng) for i in range(n)]
+    texts = dataset.info["text"][:n]
+    spoken = speaker.synthesise(texts, prompts, generator)
+    who = dataset.index[:, 4]
+    strangers = [int(rng.choice(np.flatnonzero(who != who[i]))) for i in range(n)]
+    decode = lambda group: [speaker.decode(codes) for codes in group]
+    groups = {"the model": decode([codes for codes, _ in spoken]),
+              "recordings, tokenized": decode([dataset[i][0] for i in range(n)]),
+              "another speaker": decode([dataset[i][0] for i in strangers])}
+    return texts, decode(prompts), groups, float(np.mean([ended for _, ended in spoken]))
+
+
+def write_versa(folder, texts, prompts, groups):
+    """wavs, and the lists "id path" and "id text" that VERSA's scorer takes."""
+    os.makedirs(folder, exist_ok=True)
+    kinds = {"wav": groups["the model"], "prompt": prompts, "original": groups["recordings, tokenized"]}
+    for kind, wavs in kinds.items():
+        for k, wav in enumerate(wavs):
+            soundfile.write(f"{folder}/{k:04d}.{kind}.wav", wav, SAMPLE_RATE)
+        with open(f"{folder}/{kind}.scp", "w") as f:
+            f.writelines(f"{k:04d} {os.path.abspath(folder)}/{k:04d}.{kind}.wav\n" for k in range(len(wavs)))
+    with open(f"{folder}/text", "w", encoding="utf-8") as f:
+        f.writelines(f"{k:04d} {text}\n" for k, text in enumerate(texts))
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run")
+    parser.add_argument("--n", type=int, default=40, help="texts")
+    parser.add_argument("--data", help="folder of prepared data (default: those of the training)")
+    parser.add_argument("--speaker_model", help="folder of an x-vector model instead of resemblyzer")
+    args = parser.parse_args(arguments)
+    speaker = Speaker(args.run)
+    data, c = find_data(speaker, args.data), speaker.config
+    splits = [Dataset(data, split, token_streams=c.token_streams) for split in ("unseen", "seen")]
+    dataset = next((split for split in splits if len(set(split.index[:, 4])) > 1), None)
+    if dataset is None:
+        raise ValueError(f"{data} has no held-out utterances of two speakers")
+    dataset.vocab = same_vocab(dataset.vocab, speaker.vocab, speaker.run)
+    texts, prompts, groups, ended = speak(speaker, dataset, args.n)
+    write_versa(f"{speaker.run}/voices", texts, prompts, groups)
+    embed = load("resemblyzer", speaker_embedder, args.speaker_model)
+    results = measure_voices(groups, prompts, texts, embed, load("speechmos", dnsmos_scorer),
+                             load("librosa", pitch_meter))
+    for name, measures in results.items():
+        print(f"{name}: " + ", ".join(f"{measure} {mean:.2f} ({low:.2f} to {high:.2f})"
+                                      for measure, (mean, low, high) in measures.items()))
+    print(f"{len(texts)} texts, {100 * ended:.0f} % ended by themselves; wavs and VERSA's lists in "
+          f"{speaker.run}/voices")
+    with open(f"{speaker.run}/results_voice.json", "w") as f:
+        json.dump(results | {"n": len(texts), "ended": ended}, f, indent=1)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as problem:
+        print(f"eval_voice.py: {problem}", file=sys.stderr)
+        sys.exit(2)
