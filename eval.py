@@ -3,6 +3,7 @@
 Fifteenth file of the reading order.
   python eval.py out/numbers                    rewrites out/numbers/results.json, wavs and curves
   python eval.py out/numbers --whisper=DIR      also lets Whisper judge the speech (pip install -e '.[eval]')
+  python eval.py out/numbers --compare=out/b    two evaluated runs, utterance by utterance
 Everything is measured on texts that no training utterance has; "unseen" are voices that training never heard.
 Synthesis is judged on its sound: the wav is tokenized again and read by the model's own recogniser, which is
 too kind, and by Whisper, where given, next to the original recordings, as they are and tokenized and decoded.
@@ -142,37 +143,50 @@ def evaluate_asr(speaker, dataset, limit):
     return error_report(references, hypotheses) | {"n": n}, list(zip(references, hypotheses))
 
 
-def evaluate_tts(speaker, dataset, limit, folder, whisper=None, seed=0):
-    """Speak the first texts of `dataset`, prompted by another utterance of the speaker; have them read."""
+def evaluate_tts(speaker, dataset, limit, folder, whisper=None, best=1, seed=0):
+    """Speak the first texts of `dataset`, prompted by another utterance of the speaker; have them read. best:
+    and again by the best of so many samples, as its own ASR hears them."""
     n = min(limit, len(dataset))
-    if n == 0 or speaker.config.token_streams == "semantic":      # semantic tokens have no sound to judge
+    speaks = {"tts", "plain_tts"} & {task for task, weight in speaker.config.mixture.items() if weight > 0}
+    if n == 0 or not speaks or speaker.config.token_streams == "semantic":  # semantic tokens have no sound
         return {"own_asr": {"wer": None, "n": 0, "ended": None}, "whisper": None}, []
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     references = dataset.info["text"][:n]
     prompts = [dataset.draw_prompt(i, speaker.config.prompt_len, rng) for i in range(n)]
     spoken = speaker.synthesise(references, prompts, generator)
-    wavs = [speaker.decode(codes) for codes, _ in spoken]
-    copies = [speaker.decode(dataset[i][0]) for i in range(n)]    # originals, tokenized and decoded again
-    read = lambda wavs: speaker.transcribe([speaker.encode(pad_short(wav)) for wav in wavs])
-    hypotheses = read(wavs)
-    result = {"own_asr": {"wer": word_error_rate(references, hypotheses, cap=True), "n": n,
-                          "ended": sum(ended for _, ended in spoken) / n,
-                          "resynthesised": word_error_rate(references, read(copies), cap=True)},
-              "whisper": None}
+    groups = {"wer": [speaker.decode(codes) for codes, _ in spoken]}
+    if best > 1:
+        chosen, _ = speaker.synthesise_best(references, prompts, best, generator)
+        groups[f"best_of_{best}"] = [speaker.decode(codes) for codes, _ in chosen]
+    groups["resynthesised"] = [speaker.decode(dataset[i][0]) for i in range(n)]     # originals, as tokenized
+    read = {name: speaker.transcribe([speaker.encode(pad_short(wav)) for wav in wavs])
+            for name, wavs in groups.items()}
+    own = {name: word_error_rate(references, heard, cap=True) for name, heard in read.items()}
+    own |= {"n": n, "ended": sum(ended for _, ended in spoken) / n,
+            "wer_interval": capped_interval(references, read["wer"])}
+    judged = None
     if whisper:
-        result["whisper"], groups = {"n": n, "original": None}, {"wer": wavs, "resynthesised": copies}
+        judged, heard = {"n": n, "original": None}, {}
         if all(map(os.path.exists, dataset.info["audio"][:n])):     # data from elsewhere come without
-            groups["original"] = map(load_audio, dataset.info["audio"][:n])
+            groups["original"] = [load_audio(path) for path in dataset.info["audio"][:n]]
         for name, group in groups.items():
-            heard = [comparable(text, whisper.hear(wav)) for wav, text in zip(
-                tqdm(group, f"Whisper: {name}", n, mininterval=2), references)]
-            result["whisper"][name] = word_error_rate(*zip(*heard), cap=True)
+            heard[name] = list(zip(*(comparable(text, whisper.hear(wav)) for wav, text in zip(
+                tqdm(group, f"Whisper: {name}", n, mininterval=2), references))))
+            judged[name] = word_error_rate(*heard[name], cap=True)
+        judged["wer_interval"] = capped_interval(*heard["wer"])
     os.makedirs(folder, exist_ok=True)
     for i in range(min(4, n)):
         name = f"{folder}/{i}_{references[i].replace(' ', '_')[:60]}"
-        soundfile.write(f"{name}.model.wav", wavs[i], Tokenizer.sample_rate)
-        soundfile.write(f"{name}.original.wav", copies[i], Tokenizer.sample_rate)
-    return result, list(zip(references, hypotheses))
+        soundfile.write(f"{name}.model.wav", groups["wer"][i], Tokenizer.sample_rate)
+        soundfile.write(f"{name}.original.wav", groups["resynthesised"][i], Tokenizer.sample_rate)
+    return {"own_asr": own, "whisper": judged}, list(zip(references, read["wer"]))
+
+
+def capped_interval(references, hypotheses):
+    """The 95 % interval of the capped WER, in percent."""
+    words = [len(r.split()) for r in references]
+    errors = [edit_distance(r.split(), h.split()) for r, h in zip(references, hypotheses)]
+    return [100 * x for x in interval(np.minimum(errors, words), words)[1:]]
 
 
 def pad_short(wav):
@@ -255,7 +269,7 @@ def find_data(speaker, folder=None):
     raise ValueError(f"no prepared data at {' or '.join(filter(None, places))}: name them, --data=FOLDER")
 
 
-def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto"):
+def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto", best=1):
     """Measure everything, write results.json, wavs and curves.png into the run's folder; returns results."""
     began, speaker = time.time(), Speaker(run, quant=quant, dtype=dtype)
     run, c = speaker.run, speaker.config
@@ -269,7 +283,7 @@ def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto"):
     voices = unseen if len(unseen) else seen
     whisper = Whisper(whisper_folder) if whisper_folder else None
     results["tts"], transcripts["tts"] = evaluate_tts(
-        speaker, voices, c.tts_utterances, f"{run}/wavs", whisper)
+        speaker, voices, c.tts_utterances, f"{run}/wavs", whisper, best)
     results["listening"] = listening(speaker, voices)
     results["perplexity"] = {"seen": perplexities(speaker, seen), "unseen": perplexities(speaker, unseen)}
     record = {"seconds": {}}
@@ -310,6 +324,9 @@ def table(results):
     if whisper:
         lines.append(f"TTS WER by Whisper   {percent(whisper['wer'])} (originals after tokenizing "
                      f"{percent(whisper['resynthesised'])}, originals {percent(whisper['original'])})")
+    for judge, found in (("own ASR", judged), ("Whisper", whisper or {})):
+        lines += [f"TTS, {name.replace('_', ' ')}, by {judge}: {percent(value)}"
+                  for name, value in found.items() if name.startswith("best_of")]
     if results["listening"]:
         own, other = results["listening"]["own"], results["listening"]["other"]
         lines.append(f"text, nats a word    {own:.2f} after its own speech, {other:.2f} after another's")
@@ -319,16 +336,45 @@ def table(results):
     return "\n".join(lines)
 
 
+def compare(first, second, n=2000):
+    """Two evaluated runs on the same texts, utterance by utterance -> lines: WER of both and the difference,
+    with its 95 % interval by a bootstrap that draws the same utterances for both."""
+    lines, read = [], []
+    for run in (first, second):
+        if not os.path.exists(f"{run}/transcripts.json"):
+            raise ValueError(f"{run} is not evaluated yet: python eval.py {run}")
+        with open(f"{run}/transcripts.json") as f:
+            read.append(json.load(f))
+    for part in read[0]:
+        pairs = [dict.get(part) or [] for dict in read]
+        if not pairs[0] or [r for r, _ in pairs[0]] != [r for r, _ in pairs[1]]:
+            lines.append(f"{part}: not the same texts in both" if pairs[0] or pairs[1] else f"{part}: empty")
+            continue
+        words = np.array([len(r.split()) for r, _ in pairs[0]])
+        errors = [np.minimum([edit_distance(r.split(), h.split()) for r, h in pair], words) for pair in pairs]
+        picked = np.random.default_rng(0).integers(len(words), size=(n, len(words)))
+        again = 100 * (errors[1] - errors[0])[picked].sum(1) / words[picked].sum(1)
+        low, high = np.percentile(again, [2.5, 97.5])
+        a, b = (100 * e.sum() / words.sum() for e in errors)
+        verdict = "clear" if low > 0 or high < 0 else "within chance"
+        lines.append(f"{part}: WER {a:.1f} % and {b:.1f} %, difference {b - a:+.1f} "
+                     f"({low:+.1f} to {high:+.1f}), {verdict}")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", help="folder of a run, for instance out/numbers")
     parser.add_argument("--whisper", help="folder of a Whisper model in CTranslate2 form")
     parser.add_argument("--data", help="folder of prepared data (default: those of the training)")
+    parser.add_argument("--best", type=int, default=1, help="TTS again by the best of so many samples")
+    parser.add_argument("--compare", help="another evaluated run: only compare the two")
     parser.add_argument("--quant", default="", help="int8: faster decoding on a CPU")
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
     args = parser.parse_args()
     try:
-        print(table(evaluate(args.run, args.whisper, args.data, args.quant, args.dtype)))
+        print(compare(args.run, args.compare) if args.compare else table(
+            evaluate(args.run, args.whisper, args.data, args.quant, args.dtype, args.best)))
     except ValueError as problem:
         print(f"eval.py: {problem}", file=sys.stderr)
         sys.exit(2)

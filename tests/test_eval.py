@@ -1,9 +1,20 @@
 """Claim: error rates are counted as the field counts them, and Whisper's spelling decides no verdict."""
+import json
+import os
 import random
 
 import pytest
 
-from eval import comparable, edit_counts, edit_distance, error_report, interval, spell_out, word_error_rate
+from eval import (
+    comparable,
+    compare,
+    edit_counts,
+    edit_distance,
+    error_report,
+    interval,
+    spell_out,
+    word_error_rate,
+)
 
 
 def test_word_error_rate_agrees_with_jiwer():
@@ -27,6 +38,21 @@ def test_errors_are_told_apart_and_have_an_interval():
         report["wer"] / 100 * report["words"])
     mean, low, high = interval([0, 1] * 200)        # a coin: 0.5, give or take 1.96 * 0.5 / sqrt(400)
     assert mean == 0.5 and low == pytest.approx(0.451, abs=0.012) and high == pytest.approx(0.549, abs=0.012)
+
+
+def test_two_runs_are_compared_utterance_by_utterance(tmp_path):
+    texts, run = [f"one two three {k}" for k in range(60)], {}
+    for name, wrong in (("a", 20), ("b", 21), ("c", 55)):
+        heard = [text.replace("two", "new") if k < wrong else text for k, text in enumerate(texts)]
+        run[name] = str(tmp_path / name)
+        os.makedirs(run[name])
+        with open(f"{run[name]}/transcripts.json", "w") as f:
+            json.dump({"asr_unseen": list(zip(texts, heard)), "tts": []}, f)
+    near, far = compare(run["a"], run["b"]).splitlines()[0], compare(run["a"], run["c"]).splitlines()[0]
+    assert "8.3 % and 8.8 %, difference +0.4" in near and "within chance" in near
+    assert "difference +14.6" in far and "clear" in far
+    with pytest.raises(ValueError, match="not evaluated yet"):
+        compare(run["a"], str(tmp_path))
 
 
 def test_the_cap_keeps_one_endless_answer_from_standing_for_all():
