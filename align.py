@@ -153,6 +153,14 @@ def cut(dataset, folder, places, n_word, seed=0):
     print(f"{folder}: {len(kept)} pieces, {hours:.2f} hours")
 
 
+def read_places(folder, tokens):
+    """align.npz -> what `align` returned."""
+    places = [np.full(len(row), -1) for row in tokens]
+    for i, number, start, end in np.load(f"{folder}/align.npz")["words"].tolist():
+        places[i][start:end] = number
+    return places
+
+
 def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -167,6 +175,8 @@ def main(arguments):
     texts = [text.lower() for text in dataset.info["text"]]
     tokens = [dataset[i][0][:, 0] for i in range(len(dataset))]
     n_semantic, n_text = dataset.vocab.n_semantic, dataset.vocab.n_text
+    if args.pieces and os.path.exists(f"{folder}/align.npz"):
+        return cut(dataset, args.pieces, read_places(folder, tokens), args.words)
     places = align(tokens, texts, n_semantic)
     words = []
     for i, place in enumerate(places):

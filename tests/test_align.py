@@ -67,6 +67,11 @@ def test_pieces_are_data_of_their_own_and_text_starts_the_rows(tiny_data, tmp_pa
     words = [sum(len(text.split()) for text in dataset.info["text"]) for dataset in (whole, cut)]
     assert 0.9 * words[0] < words[1] <= words[0], "few words are lost"
     assert len(Dataset(pieces, "unseen")) == len(Dataset(folder, "unseen"))
+    code, out, _ = run_here(ROOT / "align.py", folder, f"--pieces={tmp_path / 'longer'}", "--words=5")
+    assert code == 0 and "round" not in out, "what is aligned is only cut"
+    longer = Dataset(str(tmp_path / "longer"), "train")
+    assert len(longer) < len(Dataset(pieces, "train"))
+    assert max(len(text.split()) for text in longer.info["text"]) > 2
     said = np.load(f"{folder}/align.npz")["said"]
     assert said.shape == (whole.vocab.n_semantic, whole.vocab.n_text)
     code, _, err = run_here(ROOT / "align.py", folder, f"--pieces={pieces}")
