@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from config import Config, read_config, save_config
@@ -247,12 +247,14 @@ def starting_weights(config, vocab, data=""):
         check_whole(folder)
         read_tensors(folder, model.state_dict())                            # shapes only
         return lambda model: read_tensors(folder, model.state_dict())
-    said = None
+    said = centroids = None
     if config.rows_from_text and data:
         if not os.path.exists(f"{data}/align.npz"):
             raise ValueError(f"rows_from_text needs {data}/align.npz: run align.py {data} first")
         said = np.load(f"{data}/align.npz")["said"]
-    weights = start_weights(config.init_from, model.config, vocab, config.seed, said)
+        books = load_file(f"{data}/audio_tokenizer/codebooks.safetensors")
+        centroids = books["clusters" if "clusters" in books else "semantic"].float()
+    weights = start_weights(config.init_from, model.config, vocab, config.seed, said, centroids)
     return lambda model: fill(model, weights)
 
 

@@ -92,7 +92,7 @@ def read_tensor(path, name):
         return f.get_tensor(name)
 
 
-def base_weights(folder, config, vocab, seed, said=None):
+def base_weights(folder, config, vocab, seed, said=None, centroids=None):
     """A Hugging Face LLM as the weights of our Model -> {our name: function that reads it}.
 
     Text rows of emb and lm_head are the LLM's input and output table (a tied LLM fills both). New rows of emb
@@ -101,8 +101,10 @@ def base_weights(folder, config, vocab, seed, said=None):
     the table's variance as the standard deviation, so that new rows start about 25 times smaller.
 
     said (n_semantic, n_text): share of each text token in what is said while a semantic token is active
-    (align.py). A semantic row of emb is then the mean of those text rows, at the table's spread, with half
-    as much noise: the LLM understands something of speech before it has seen any. Acoustic rows start
+    (align.py), and centroids (n_semantic, C): what it sounds like. A semantic row of emb is then the mean of
+    those text rows and a random projection of its centroid, as much of each: the LLM understands something of
+    speech before it has seen any, and clusters that sound alike, which other voices fall into, look alike to
+    it. Acoustic rows start
     at a tenth of the spread then: eight of full size would drown the semantic row in a frame's sum. (At zero,
     frames with nothing else in them get gradients without bound from the first norm.)
     """
@@ -134,9 +136,12 @@ def base_weights(folder, config, vocab, seed, said=None):
         rows = torch.empty(config.vocab_size, config.d_model)
         rows.normal_(0, text.std().item() * (0.1 if name == "lm_head" else 1), generator=generator)
         if said is not None and name == "emb":
-            heard = torch.from_numpy(said) @ text                           # (n_semantic, D)
             start, end = config.streams[0]
-            rows[start:end] = heard * (text.std() / heard.std()) + 0.5 * rows[start:end]
+            centred = centroids - centroids.mean(0)                         # (n_semantic, C)
+            sound = centred @ torch.randn(centred.shape[1], rows.shape[1], generator=generator)
+            heard = torch.from_numpy(said) @ text                           # (n_semantic, D)
+            mixed = heard / heard.std() + sound / sound.std()
+            rows[start:end] = mixed * (text.std() / mixed.std())
             for start, end in config.streams[1:]:
                 rows[start:end] *= 0.1
         rows[slice(*config.text)] = text
@@ -272,11 +277,11 @@ def find_start(name):
     return find_folder(name, LLM_FILES + OPUSLM_FILES)
 
 
-def start_weights(name, config, vocab, seed, said=None):
+def start_weights(name, config, vocab, seed, said=None, centroids=None):
     """Weights of a base LLM or of a published checkpoint -> {our name: function that reads it}."""
     folder = find_start(name)
     if not is_published(folder):
-        return base_weights(folder, config, vocab, seed, said)
+        return base_weights(folder, config, vocab, seed, said, centroids)
     body, theirs, weights, _ = read_published(folder)
     wrong = [f"{name} is {value} there, {getattr(config, name)} here" for name, value in body.items()
              if getattr(config, name) != value]

@@ -260,13 +260,16 @@ def plot_curves(run):
 
 def find_data(speaker, folder=None):
     """The prepared data to evaluate on: the folder named, else where the training's are or would be."""
-    settings = {name: getattr(speaker.config, name) for name in prepare.SETTINGS}
-    places = [folder] if folder else [speaker.state.get("data"),
-                                      prepare.data_folder(speaker.config.data_dir, settings)]
-    for place in filter(None, places):
+    known = folder or speaker.state.get("data")
+    if known and prepare.is_prepared(known):
+        return known
+    if not folder:
+        settings = {name: getattr(speaker.config, name) for name in prepare.SETTINGS}
+        place = prepare.data_folder(speaker.config.data_dir, settings)
         if prepare.is_prepared(place):
             return place
-    raise ValueError(f"no prepared data at {' or '.join(filter(None, places))}: name them, --data=FOLDER")
+        known = f"{known} or {place}" if known else place
+    raise ValueError(f"no prepared data at {known}: name them, --data=FOLDER")
 
 
 def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto", best=1):

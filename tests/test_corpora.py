@@ -1,4 +1,7 @@
 """Claim: corpora as they are downloaded become manifests that prepare.py reads."""
+import tracemalloc
+
+import numpy as np
 import pytest
 from conftest import ROOT, run_here
 
@@ -50,3 +53,36 @@ def test_what_is_no_corpus_is_explained(tmp_path):
                                  ("mls:train:/no/such", "no such folder")):
         code, _, err = run_here(ROOT / "corpora.py", tmp_path / "m.tsv", description)
         assert code == 2 and message in err
+
+
+def test_a_manifest_stays_on_disk(tmp_path):
+    """A row costs some 20 bytes of memory, however long its line; any row is read when it is wanted."""
+    path, n = tmp_path / "many.tsv", 40_000
+    with open(path, "w") as f:
+        f.write("id\taudio\ttext\tspeaker\tsplit\n")
+        f.writelines(f"u{i}\t{i}.flac\t{'word ' * 20}{i}\ts{i % 10}\ttrain\n" for i in range(n))
+    tracemalloc.start()
+    found = Manifest(str(path))
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 25 * n and peak < 80 * n, f"{kept / n:.0f} bytes a row, {peak / n:.0f} at the peak"
+    assert len(found.numbers("train")) == n and len(found.speakers) == 10
+    [row] = found.rows([31_415])
+    assert row["id"] == "u31415" and row["text"].endswith(" 31415")
+    [row] = found.only(np.array([5, 7])).rows([1])
+    assert row["id"] == "u7", "a part of it knows its own rows"
+
+
+def test_texts_become_passages(tmp_path):
+    (tmp_path / "book.txt").write_text("One line\nof a paragraph.\n\nAnother.\n")
+    (tmp_path / "lines.txt").write_text("First.\nSecond.\n")
+    (tmp_path / "web.jsonl").write_text('{"text": "' + "many words " * 200 + '"}\n')
+    rows = list(read_corpus(f"text:train:{tmp_path}"))
+    texts = [row["text"] for row in rows]
+    assert texts[:4] == ["One line of a paragraph.", "Another.", "First.", "Second."]
+    assert [len(text.split()) for text in texts[4:]] == [300, 100], "long ones are cut"
+    assert all(row["audio"] == "-" for row in rows) and len({row["id"] for row in rows}) == len(rows)
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+    parquet.write_table(pyarrow.table({"text": ["from a table"]}), tmp_path / "t.parquet")
+    assert [row["text"] for row in read_corpus(f"text:train:{tmp_path}/t.parquet")] == ["from a table"]
