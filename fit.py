@@ -30,8 +30,19 @@ def spread_start(x, n_cluster, generator):
     return x[chosen]
 
 
-def fit_clusters(x, n_cluster, path, n_step=300, batch=20_000, seed=0, say=print):
-    """Mini-batch k-means of x (M, C), which may be a memory map -> centroids (n_cluster, C).
+def spread(x, piece=50_000):
+    """Mean and standard deviation (C,) of x (M, C), a memory map, which never is in memory as a whole."""
+    total, square = np.zeros(x.shape[1]), np.zeros(x.shape[1])
+    for start in range(0, len(x), piece):
+        part = x[start:start + piece].astype(np.float64)
+        total, square = total + part.sum(0), square + (part ** 2).sum(0)
+    mean = total / len(x)
+    std = np.sqrt(np.maximum(square / len(x) - mean ** 2, 1e-8))
+    return torch.from_numpy(mean).float(), torch.from_numpy(std).float()
+
+
+def fit_clusters(x, n_cluster, path, n_step=300, batch=20_000, seed=0, say=print, mean=0.0, std=1.0):
+    """Mini-batch k-means of (x - mean) / std, x (M, C) perhaps a memory map -> centroids (n_cluster, C).
 
     Each step moves the centroids towards the means of a batch, the less the more they have seen (Sculley
     2010). `path` keeps the state: a run that was cut off goes on from there.
@@ -39,8 +50,12 @@ def fit_clusters(x, n_cluster, path, n_step=300, batch=20_000, seed=0, say=print
     if len(x) < 2 * n_cluster:
         raise ValueError(f"{len(x)} frames are too few for {n_cluster} clusters: use more audio")
     rng, first = np.random.default_rng(seed), 0
-    pick = lambda n: torch.from_numpy(np.array(x[np.sort(rng.choice(len(x), min(n, len(x)), False))],
-                                               dtype=np.float32))
+
+
+    def pick(n):
+        rows = np.sort(rng.choice(len(x), min(n, len(x)), False))
+        return (torch.from_numpy(np.array(x[rows], dtype=np.float32)) - mean) / std
+
     if os.path.exists(path):
         state = load_file(path)
         first = int(state["step"][0])
@@ -127,7 +142,8 @@ def add_part(folder, part, about, arrays):
     if os.path.exists(path):
         with open(path) as f:
             whole = json.load(f)
-        tensors = load_file(books)
+        own = ("clusters", "mean", "std") if part == "semantic" else ("books",)
+        tensors = {name: array for name, array in load_file(books).items() if name not in own}
     tensors |= {name: array.contiguous().numpy() for name, array in arrays.items()}
     save_file(tensors, books + ".tmp")
     os.replace(books + ".tmp", books)
@@ -179,12 +195,15 @@ def main(arguments):
             raise ValueError("which encoder? --encoder=FOLDER or hub id")
         encoder = SpeechEncoder(args.encoder, args.layer, args.device)
         if args.kmeans:
-            clusters = read_kmeans(args.kmeans, encoder)
+            arrays = {"clusters": read_kmeans(args.kmeans, encoder)}
         else:
             x = collect(work, paths, encoder.features, args.frames)
-            clusters = fit_clusters(x, args.clusters, f"{work}/clusters.safetensors", seed=args.seed)
+            mean, std = spread(x)       # a few loud dimensions would else decide, and they are not phones
+            clusters = fit_clusters(x, args.clusters, f"{work}/clusters.safetensors", seed=args.seed,
+                                    mean=mean, std=std)
+            arrays = {"clusters": clusters, "mean": mean, "std": std}
         where = os.path.abspath(args.encoder) if os.path.exists(args.encoder) else args.encoder
-        add_part(args.folder, "semantic", {"encoder": where, "layer": args.layer}, {"clusters": clusters})
+        add_part(args.folder, "semantic", {"encoder": where, "layer": args.layer}, arrays)
     else:
         if not args.codec:
             raise ValueError("which codec? --codec=FOLDER or hub id")

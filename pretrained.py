@@ -265,9 +265,9 @@ class PretrainedTokenizer:
     sample_rate, frame_hz = SAMPLE_RATE, FRAME_HZ
 
     def __init__(self, about, arrays, folder="", device="cpu"):
-        """about: {"semantic": {encoder, layer}, "acoustic": {codec, levels}}; arrays: clusters (K, C), and
-        books (levels, codes, 64) for Lyra, whose files are in `folder` if its codec is ".". The networks are
-        loaded when first needed."""
+        """about: {"semantic": {encoder, layer}, "acoustic": {codec, levels}}; arrays: clusters (K, C) of
+        features, less their mean and over their std (C,) where those are given; books (levels, codes, 64) for
+        Lyra, whose files are in `folder` if its codec is ".". The networks are loaded when first needed."""
         self.about, self.arrays, self.folder, self.device = about, arrays, folder, device
         self.n_semantic = len(arrays["clusters"])
         books = arrays.get("books")
@@ -295,6 +295,9 @@ class PretrainedTokenizer:
 
     def join(self, wav, features):
         """wav (n,) at 16 kHz and its semantic features (T, C) -> codes (T, N) int16."""
+        if "mean" in self.arrays:
+            mean, std = (self.arrays[name].to(features.device) for name in ("mean", "std"))
+            features = (features - mean) / std
         semantic = nearest(features, self.arrays["clusters"].to(features.device)).cpu()     # (T,)
         if "books" in self.arrays:
             acoustic = quantise(self.codec.features(wav), self.arrays["books"])             # (T', levels)

@@ -1,5 +1,6 @@
 """What several lessons share: a toy vocabulary, and a tiny corpus that is made once per test session."""
 import contextlib
+import fcntl
 import io
 import os
 import pathlib
@@ -95,5 +96,9 @@ def smollm2(tmp_path_factory):
     if not shared_folder():
         pytest.skip("no real weights here")
     cache = os.environ.get("NANO_CACHE", os.path.expanduser("~/.cache/nano-opuslm/models"))
-    subprocess.run(["bash", shared_folder() / "models/get_models.sh", cache], check=True, capture_output=True)
+    os.makedirs(cache, exist_ok=True)
+    with open(f"{cache}/lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)        # tests run in two processes
+        command = ["bash", shared_folder() / "models/get_models.sh", cache]
+        subprocess.run(command, check=True, capture_output=True)
     return f"{cache}/smollm2-135m"

@@ -10,7 +10,7 @@ import soundfile
 import torch
 from conftest import ROOT, run_here, shared_folder
 
-from fit import fit_clusters
+from fit import fit_clusters, spread
 from pretrained import NeuralCodec, SpeechEncoder, windows
 from tokenize_audio import Tokenizer, load_audio, quantise
 
@@ -136,6 +136,12 @@ def test_fitted_by_the_command_line_it_is_a_tokenizer_like_any_other(tmp_path):
     tokenizer.save(tmp_path / "again")
     np.testing.assert_array_equal(Tokenizer.load(tmp_path / "again").encode(wav), codes)
     assert json.load(open(f"{folder}/audio_tokenizer.json"))["semantic"]["encoder"] == hubert
+    features = SpeechEncoder(hubert).features(wav)
+    features[:, 0] += 1000 * torch.linspace(0, 1, 150)      # a loud dimension that says nothing
+    mean, std = spread(features.numpy())
+    torch.testing.assert_close(mean, features.mean(0))
+    torch.testing.assert_close(std, features.std(0, unbiased=False))
+    assert set(tokenizer.arrays) == {"clusters", "mean", "std"}, "so no dimension decides by its size"
     code, _, err = run_here(script, *semantic)
     assert code == 2 and "which encoder" in err
 
