@@ -189,15 +189,15 @@ class Loader:
         if not fit.any():
             raise ValueError(f"the mixture has {task!r}, but no utterance of {self.dataset.folder} has what "
                              f"it needs: {' and '.join(sorted(needs))}")
-        folders = [np.flatnonzero(fit & (self.dataset.source == k)) for k in range(len(shares or [1]))]
-        weight = np.array([share * (len(pool) > 0) for share, pool in zip(shares or [1], folders)], float)
-        if not shares:
-            folders, weight = [np.flatnonzero(fit)], np.ones(1)
+        able = np.flatnonzero(fit)
+        folders, weight = [able], np.ones(1)
+        if shares:
+            folders = [able[self.dataset.source[able] == k] for k in range(len(shares))]
+            weight = np.array([share * (len(pool) > 0) for share, pool in zip(shares, folders)], float)
         if not weight.sum():
             raise ValueError(f"no folder with a weight has utterances for {task!r}")
         self.pool[task], self.folder_share[task] = folders, np.cumsum(weight / weight.sum())
-        able = np.flatnonzero(fit)
-        lengths = self.length(task, able, self.joinable[able])
+        lengths = self.length(task, able, self.most(task, able))
         longest = int(lengths.max())
         if longest > self.row_frames and not grow:
             name = self.dataset.info["id"][able[lengths.argmax()]]
@@ -208,16 +208,18 @@ class Loader:
     def length(self, task, i, count=1):
         """Frames that an example takes in a row, one fewer than its sequence has: a task, an utterance (or an
         array of them), and how many are joined, beginning with it."""
-        if task == "text":
-            count = 1
         frames = self.heard if task == "asr" else self.frames
         lengths = {"speech": frames[i + count] - frames[i], "prompt": self.prompt_len,
                    "text": self.tokens[i + count] - self.tokens[i] + (count - 1) * len(self.separator)}
         return task_length(self.vocab, task, lengths) - 1
 
-    def count(self, i, seed):
-        """How many utterances the example (i, seed) joins: from one to as many as can be."""
-        return 1 + seed % int(self.joinable[i])
+    def most(self, task, i):
+        """With how many utterances an example at i, or an array of them, can begin: text is not joined."""
+        return self.joinable[i] if task != "text" else np.ones_like(self.joinable[i])
+
+    def count(self, task, i, seed):
+        """How many utterances the example (task, i, seed) joins: from one to as many as can be."""
+        return 1 + seed % int(self.most(task, i))
 
     def plan(self, step):
         """The global batch of a step: n_row lists of (task, utterance, its own seed). Pure in (seed, step).
@@ -232,7 +234,7 @@ class Loader:
             k = np.searchsorted(share[:-1], rng.random(), side="right") if len(pools) > 1 else 0
             pool = pools[k]
             i, seed = int(pool[rng.integers(len(pool))]), int(rng.integers(2 ** 31))
-            length = int(self.length(task, i, self.count(i, seed)))
+            length = int(self.length(task, i, self.count(task, i, seed)))
             total += length
             if total > capacity:
                 break
@@ -249,7 +251,7 @@ class Loader:
 
     def document(self, task, i, seed):
         """-> aligned tokens (T, N), learn (T,), modality (T,)."""
-        count = 1 if task == "text" else self.count(i, seed)
+        count = self.count(task, i, seed)
         parts = [self.dataset[k] for k in range(i, i + count)]
         codes = np.concatenate([part[0] for part in parts])                 # (T', N)
         text = np.concatenate([piece for part in parts for piece in (self.separator, part[1])][1:])

@@ -157,6 +157,15 @@ class DecodingHeads:
         return first, scores[:, self.n_first:].unflatten(1, (self.K, -1)).float() + self.bias
 
 
+def decoding_heads(model, modality):
+    """The DecodingHeads of a prepared model, made when first needed."""
+    if not hasattr(model, "step_blocks"):
+        raise ValueError("decoding lays out a model's weights anew: call prepare_for_decoding(model) first")
+    if modality not in model.decoding_heads:
+        model.decoding_heads[modality] = DecodingHeads(model, modality)
+    return model.decoding_heads[modality]
+
+
 # ---- generation --------------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -172,8 +181,7 @@ def steps(model, vocab, prefixes, modality, max_frames, min_frames=1, temperatur
         frame t - n >= eos     pad
         else                   sampled, by the mask of its stream
     """
-    if not hasattr(model, "step_blocks"):
-        raise ValueError("decoding lays out a model's weights anew: call prepare_for_decoding(model) first")
+    heads = decoding_heads(model, modality)
     B, N, device = len(prefixes), vocab.n_stream, model.emb.device
     known = torch.tensor([len(prefix) for prefix in prefixes], device=device)               # (B,)
     if known.min() == 0:
@@ -188,9 +196,7 @@ def steps(model, vocab, prefixes, modality, max_frames, min_frames=1, temperatur
     rows, streams = torch.arange(B, device=device), torch.arange(N, device=device)
     hidden = hidden[rows, known - 1]                                                        # (B, D)
 
-    if modality not in model.decoding_heads:
-        model.decoding_heads[modality] = DecodingHeads(model, modality)
-    heads, starts = model.decoding_heads[modality], vocab.starts.to(device)
+    starts = vocab.starts.to(device)
     drain = N - 1 if modality == SPEECH else 0
     eos = known + limit                                                                     # where eos stands
     for count in range(max_frames + drain):
@@ -227,17 +233,14 @@ def generate(model, vocab, prefixes, modality, max_frames, *options, **named):
 def beam_search(model, vocab, prefix, modality, max_frames, beam=4):
     """The likeliest continuation of one aligned prefix (T, N), in stream 0, that a beam finds -> (frames
     (L, N), ended). By the mean log probability of its tokens and its end: short ones have no advantage."""
-    if not hasattr(model, "step_blocks"):
-        raise ValueError("decoding lays out a model's weights anew: call prepare_for_decoding(model) first")
+    heads = decoding_heads(model, modality)
     device, known = model.emb.device, len(prefix)
     frames = torch.full((1, known + max_frames + vocab.n_stream, vocab.n_stream), PAD, device=device)
     frames[0, :known] = prefix
     cache = KVCache(model.config, 1, frames.shape[1], device, model.dtype)
     start = torch.zeros(1, dtype=torch.long, device=device)
     hidden = model.extend(delay(frames)[:, :known], cache, start)[:, -1]                    # (1, D)
-    if modality not in model.decoding_heads:
-        model.decoding_heads[modality] = DecodingHeads(model, modality)
-    heads, total, finished = model.decoding_heads[modality], torch.zeros(1, device=device), []
+    total, finished = torch.zeros(1, device=device), []
     for count in range(max_frames):
         scores = heads(hidden)[0].log_softmax(-1) + total[:, None]                          # (beams, V)
         total, best = scores.flatten().topk(min(2 * beam, scores.numel()))

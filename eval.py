@@ -65,12 +65,15 @@ def error_report(references, hypotheses):
 def word_error_rate(references, hypotheses, cap=False):
     """Corpus WER in percent: all errors / all reference words. cap: an utterance's errors count at most its
     words, so that one endless repetition does not stand for the whole test."""
-    errors = words = 0
-    for reference, hypothesis in zip(references, hypotheses, strict=True):
-        r, h = reference.split(), hypothesis.split()
-        e = edit_distance(r, h)
-        errors, words = errors + (min(e, len(r)) if cap else e), words + len(r)
-    return 100 * errors / words
+    errors, words = word_errors(references, hypotheses, cap)
+    return float(100 * errors.sum() / words.sum())
+
+
+def word_errors(references, hypotheses, cap=False):
+    """-> errors (M,), words of the references (M,), as of `word_error_rate`."""
+    pairs = [(r.split(), h.split()) for r, h in zip(references, hypotheses, strict=True)]
+    errors, words = np.array([edit_distance(*pair) for pair in pairs]), np.array([len(r) for r, _ in pairs])
+    return np.minimum(errors, words) if cap else errors, words
 
 
 def interval(values, of=None, n=1000, seed=0):
@@ -184,9 +187,7 @@ def evaluate_tts(speaker, dataset, limit, folder, whisper=None, best=1, seed=0):
 
 def capped_interval(references, hypotheses):
     """The 95 % interval of the capped WER, in percent."""
-    words = [len(r.split()) for r in references]
-    errors = [edit_distance(r.split(), h.split()) for r, h in zip(references, hypotheses)]
-    return [100 * x for x in interval(np.minimum(errors, words), words)[1:]]
+    return [100 * x for x in interval(*word_errors(references, hypotheses, cap=True))[1:]]
 
 
 def pad_short(wav):
@@ -353,8 +354,8 @@ def compare(first, second, n=2000):
         if not pairs[0] or [r for r, _ in pairs[0]] != [r for r, _ in pairs[1]]:
             lines.append(f"{part}: not the same texts in both" if pairs[0] or pairs[1] else f"{part}: empty")
             continue
-        words = np.array([len(r.split()) for r, _ in pairs[0]])
-        errors = [np.minimum([edit_distance(r.split(), h.split()) for r, h in pair], words) for pair in pairs]
+        (first_errors, words), (second_errors, _) = (word_errors(*zip(*pair), cap=True) for pair in pairs)
+        errors = first_errors, second_errors
         picked = np.random.default_rng(0).integers(len(words), size=(n, len(words)))
         again = 100 * (errors[1] - errors[0])[picked].sum(1) / words[picked].sum(1)
         low, high = np.percentile(again, [2.5, 97.5])

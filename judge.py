@@ -20,6 +20,7 @@ import torch
 from corpora import Manifest
 from data import Dataset
 from eval import Whisper, comparable, edit_distance, word_error_rate
+from interleave import changes
 from prepare import read_utterance
 from tokenize_audio import SAMPLE_RATE, Tokenizer
 
@@ -54,7 +55,7 @@ def judge_sound(tokenizer, wavs, texts, whisper=None):
 
 def merged(tokens):
     """Tokens (T,) without repetitions of the one before, as a list."""
-    return tokens[np.flatnonzero(np.diff(tokens, prepend=-1))].tolist()
+    return tokens[changes(tokens).numpy()].tolist()
 
 
 def judge_words(folders, n=3000, letters=4, seed=0):

@@ -13,7 +13,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import socket
 import sys
 import threading
 import time
@@ -25,7 +24,17 @@ import torch
 from tqdm import tqdm
 
 from corpora import SPLITS, Manifest
-from shards import VERSION, card, checksum, copy_folder, has_shard, is_prepared, write_file, write_shard
+from shards import (
+    VERSION,
+    beside,
+    card,
+    checksum,
+    copy_folder,
+    has_shard,
+    is_prepared,
+    write_file,
+    write_shard,
+)
 from tokenize_audio import Tokenizer, fit_tokenizer, load_audio
 from tokenize_text import KINDS, TextTokenizer, make_text_tokenizer
 
@@ -292,8 +301,8 @@ def finish(folder, settings, names, manifest):
     tokenizer = Tokenizer.load(f"{folder}/audio_tokenizer")
     text_tokenizer = TextTokenizer.load(f"{folder}/text_tokenizer")
     counts, n_reject, first = {}, len(manifest.rejects), manifest.rejects[:1]
-    listed = f"{folder}/rejects.tsv.{socket.gethostname()}.{os.getpid()}.tmp"
-    with open(listed, "w", encoding="utf-8") as f:
+    listed = f"{folder}/rejects.tsv"
+    with open(beside(listed), "w", encoding="utf-8") as f:
         f.writelines(f"{name}\t{reason}\n" for name, reason in manifest.rejects)
         for split, shards in names.items():
             n, frames, tokens = 0, 0, 0
@@ -307,7 +316,7 @@ def finish(folder, settings, names, manifest):
             hours = frames / tokenizer.frame_hz / 3600
             counts[split] = {"shards": shards, "utterances": n, "hours": hours, "text_tokens": tokens}
             print(f"{split}: {n} utterances, {hours:.2f} hours, {tokens} text tokens")
-    os.replace(listed, f"{folder}/rejects.tsv")
+    os.replace(beside(listed), listed)
     if not counts["train"]["utterances"]:
         raise ValueError(f"no training utterance is usable: {first[0][1]} (and {n_reject - 1} more rejects)")
     print(f"{len(manifest.speakers)} speakers, {text_tokenizer.n_text} text tokens; {n_reject} rejects"

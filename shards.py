@@ -40,12 +40,16 @@ def checksum(path):
     return [n, crc]
 
 
+def beside(path):
+    """A name to write to before it is renamed to `path`: two machines may write the same at once."""
+    return f"{path}.{socket.gethostname()}.{os.getpid()}.tmp"
+
+
 def write_file(path, data):
     """Write bytes or text beside and rename: a file under its final name is always whole."""
-    beside = f"{path}.{socket.gethostname()}.{os.getpid()}.tmp"     # two machines may write the same at once
-    with open(beside, "wb") as f:
+    with open(beside(path), "wb") as f:
         f.write(data.encode() if isinstance(data, str) else data)
-    os.replace(beside, path)
+    os.replace(beside(path), path)
 
 
 def copy_folder(source, target):
