@@ -263,18 +263,22 @@ class Loader:
         return build_sequence(self.vocab, task, entries, self.loss_region)
 
     def batch(self, step, rows=None):
-        """The Batch of a step, or only some of its rows (a rank's share): R = len(rows)."""
+        """The Batch of a step, or only some of its rows (a rank's share): R = len(rows).
+
+        S is what the fullest of them needs, at most row_frames: nothing is computed that all rows lack."""
         plan = self.plan(step)
-        packed = [self.pack([self.document(*document) for document in plan[r]])
-                  for r in (range(self.n_row) if rows is None else rows)]
+        made = [[self.document(*document) for document in plan[r]]
+                for r in (range(self.n_row) if rows is None else rows)]
+        S = max([1, *(sum(len(document[0]) - 1 for document in row) for row in made)])
+        packed = [self.pack(row, S) for row in made]
         tensors = (torch.stack(part) for part in list(zip(*packed))[:4])
         return Batch(*tensors, lengths=[row[4] for row in packed], n_frame=sum(row[5] for row in packed))
 
-    def pack(self, documents):
-        """Aligned documents, one after another, padded to row_frames -> tokens, targets, weight, modality,
+    def pack(self, documents, S):
+        """Aligned documents, one after another, padded to S frames -> tokens, targets, weight, modality,
         lengths (with the padding as a document of its own), and the number of frames before the padding."""
         lengths = [len(document[0]) - 1 for document in documents]
-        n_pad = self.row_frames - sum(lengths)
+        n_pad = S - sum(lengths)
         nothing = (stream0_frames(self.vocab, [0]), torch.zeros(1, dtype=torch.bool), torch.zeros(1).long())
         parts = training_rows(documents or [nothing], self.weights)         # (S', N) x 3, (S',)
         padded = [F.pad(part, (0, 0) * (part.ndim - 1) + (0, n_pad)) for part in parts]     # PAD is 0

@@ -28,9 +28,12 @@ def test_order_depends_on_seed_and_step_alone(loader, tiny_data):
 
 
 def test_workers_shares_make_up_the_global_batch(loader):
+    """A share may have shorter rows than the whole has: only padding is missing there."""
     whole, shares = loader.batch(5), [loader.batch(5, range(rank, 4, 2)) for rank in range(2)]
-    assert torch.equal(whole.tokens[[0, 2]], shares[0].tokens)
-    assert torch.equal(whole.tokens[[1, 3]], shares[1].tokens)
+    for rank, share in enumerate(shares):
+        S = share.tokens.shape[1]
+        assert torch.equal(whole.tokens[rank::2, :S], share.tokens)
+        assert not whole.tokens[rank::2, S:].any() and not whole.weight[rank::2, S:].any()
 
 
 def test_rows_are_nearly_full_and_keep_documents_apart(loader):
@@ -38,7 +41,7 @@ def test_rows_are_nearly_full_and_keep_documents_apart(loader):
     for step in range(20):
         batch = loader.batch(step)
         for row, lengths in enumerate(batch.lengths):
-            assert sum(lengths) == 768
+            assert sum(lengths) == batch.tokens.shape[1] <= 768
             start = 0
             for length in lengths:
                 piece = undelay(batch.tokens[row, start:start + length])
