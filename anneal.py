@@ -38,7 +38,7 @@ def annealing_settings(arguments):
         settings |= {"data": state["data"], "datasets": {}}
     settings |= {"out_dir": said["init_from"].rstrip("/") + "-annealed", "rows_from_text": False}
     settings |= {"lr": before.lr * factor, "muon_lr": before.muon_lr * factor}
-    settings |= {"warmup": 0.0, "decay": 1.0, "final_lr": 0.0, "moments": "lr" not in said}
+    settings |= {"curriculum": {}, "warmup": 0.0, "decay": 1.0, "final_lr": 0.0, "moments": "lr" not in said}
     return settings | said
 
 

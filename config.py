@@ -35,6 +35,7 @@ class Config:
     max_audio_s: float = 30.0
     # sequences
     mixture: dict = field(default_factory=lambda: {"asr": 1.0, "tts": 1.0, "speech": 0.1, "text": 0.1})
+    curriculum: dict = field(default_factory=dict)  # {folder: share of the steps}: alone, one by one, before
     splice_frames: int = 0          # join utterances that follow each other up to this length; 0 = never
     prompt_len: int = 50            # frames of the TTS voice prompt (500 in OpusLM)
     token_streams: str = "both"     # or semantic, acoustic: one half of the speech tokens (ablations)

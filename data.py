@@ -146,11 +146,13 @@ class Loader:
     """Packed training batches of one dataset."""
 
     def __init__(self, dataset, mixture, n_row, row_frames, prompt_len, seed, special_weight=1.0,
-                 loss_region="whole", grow=False, semantic_asr=False, splice=0, separator=(), shares=None):
+                 loss_region="whole", grow=False, semantic_asr=False, splice=0, separator=(), shares=None,
+                 lessons=()):
         """mixture: {task: weight}.  n_row: rows of the global batch.  prompt_len: voice prompt frames.
         grow: longer rows, where an example needs them, instead of an error.  splice: frames up to which
         utterances that follow each other are joined, their texts by the ids of `separator`.  shares: weight
-        of each of the dataset's folders; by default each utterance is as likely as any other."""
+        of each of the dataset's folders; by default each utterance is as likely as any other.  lessons:
+        (number of a folder, step), ...: until that step examples come from that folder alone."""
         for task in mixture:
             if task not in TASKS:
                 raise ValueError(f"unknown task {task!r} in the mixture; "
@@ -158,7 +160,7 @@ class Loader:
         self.dataset, self.vocab = dataset, dataset.vocab
         self.n_row, self.row_frames, self.prompt_len, self.seed = n_row, row_frames, prompt_len, seed
         self.weights, self.loss_region = self.vocab.weights(special_weight), loss_region
-        self.semantic_asr, self.separator = semantic_asr, np.array(separator, np.int64)
+        self.lessons, self.semantic_asr, self.separator = lessons, semantic_asr, np.array(separator, np.int64)
         self.dropped = 0            # drawn but did not fit, over the life of this loader
         self.tasks = [task for task, weight in mixture.items() if weight > 0]
         share = np.array([mixture[task] for task in self.tasks], float)
@@ -196,6 +198,8 @@ class Loader:
             weight = np.array([share * (len(pool) > 0) for share, pool in zip(shares, folders)], float)
         if not weight.sum():
             raise ValueError(f"no folder with a weight has utterances for {task!r}")
+        if not all(len(folders[place]) for place, _ in self.lessons):
+            raise ValueError(f"a folder of the curriculum has no utterances for {task!r}")
         self.pool[task], self.folder_share[task] = folders, np.cumsum(weight / weight.sum())
         lengths = self.length(task, able, self.most(task, able))
         longest = int(lengths.max())
@@ -227,12 +231,13 @@ class Loader:
         First-fit-decreasing packing of as many draws as nearly fill the batch; what does not fit is dropped.
         """
         rng = np.random.default_rng((self.seed, step))
+        lesson = next((place for place, end in self.lessons if step < end), None)
         drawn, total, capacity = [], 0, FILL * self.n_row * self.row_frames
         while True:
             task = self.tasks[np.searchsorted(self.share[:-1], rng.random(), side="right")]
             pools, share = self.pool[task], self.folder_share[task]
             k = np.searchsorted(share[:-1], rng.random(), side="right") if len(pools) > 1 else 0
-            pool = pools[k]
+            pool = pools[k if lesson is None else lesson]
             i, seed = int(pool[rng.integers(len(pool))]), int(rng.integers(2 ** 31))
             length = int(self.length(task, i, self.count(task, i, seed)))
             total += length

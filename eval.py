@@ -197,11 +197,12 @@ def pad_short(wav):
 
 @torch.no_grad()
 def perplexities(speaker, dataset, n_batch=4):
-    """exp of the mean teacher-forced loss of each kind of token in ASR and TTS, where it is trained."""
+    """exp of the mean teacher-forced loss of each kind of token in ASR and TTS, those of them that the model
+    learned, counted where it learns."""
     c = speaker.config
     if len(dataset) == 0:
         return None
-    mixture = {"asr": 1, "tts": 1}
+    mixture = {task: 1 for task in ("asr", "tts") if c.mixture.get(task)} or c.mixture
     loader = Loader(dataset, mixture, 2, c.row_frames, c.prompt_len, 0, loss_region=c.loss_region, grow=True,
                     semantic_asr=c.semantic_asr)
     reports = [batch_loss(speaker.model, loader.batch(step), c.softmax)[1] for step in range(n_batch)]
@@ -273,10 +274,13 @@ def find_data(speaker, folder=None):
     raise ValueError(f"no prepared data at {known}: name them, --data=FOLDER")
 
 
-def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto", best=1):
-    """Measure everything, write results.json, wavs and curves.png into the run's folder; returns results."""
+def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto", best=1, n=None):
+    """Measure everything, write results.json, wavs and curves.png into the run's folder; returns results.
+    n: utterances of each test, instead of what the run's configuration says."""
     began, speaker = time.time(), Speaker(run, quant=quant, dtype=dtype)
     run, c = speaker.run, speaker.config
+    if n is not None:
+        c.eval_utterances = c.tts_utterances = n
     data = find_data(speaker, data)
     seen, unseen = (Dataset(data, split, token_streams=c.token_streams) for split in ("seen", "unseen"))
     for dataset in (seen, unseen):
@@ -371,6 +375,7 @@ if __name__ == "__main__":
     parser.add_argument("run", help="folder of a run, for instance out/numbers")
     parser.add_argument("--whisper", help="folder of a Whisper model in CTranslate2 form")
     parser.add_argument("--data", help="folder of prepared data (default: those of the training)")
+    parser.add_argument("--n", type=int, help="utterances of each test (default: as in the configuration)")
     parser.add_argument("--best", type=int, default=1, help="TTS again by the best of so many samples")
     parser.add_argument("--compare", help="another evaluated run: only compare the two")
     parser.add_argument("--quant", default="", help="int8: faster decoding on a CPU")
@@ -378,7 +383,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     try:
         print(compare(args.run, args.compare) if args.compare else table(
-            evaluate(args.run, args.whisper, args.data, args.quant, args.dtype, args.best)))
+            evaluate(args.run, args.whisper, args.data, args.quant, args.dtype, args.best, args.n)))
     except ValueError as problem:
         print(f"eval.py: {problem}", file=sys.stderr)
         sys.exit(2)

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -67,19 +68,26 @@ def make_optimizers(config, model, dtype):
 
 
 def open_data(config, folder, verify=False):
-    """The training split of `folder`, and of the others of config.datasets."""
-    others = [other for other in config.datasets if other != folder]
-    return Dataset(folder, "train", verify, config.token_streams, others)
+    """The training split of `folder`, and of the others of config.datasets and config.curriculum."""
+    return Dataset(folder, "train", verify, config.token_streams, sources(config, folder)[1:])
+
+
+def sources(config, folder):
+    """Folders that a run draws from: the one that says what its tokens are, then the others."""
+    return list(dict.fromkeys([folder, *config.datasets, *config.curriculum]))
 
 
 def make_loader(config, dataset, held_out=False):
     """held_out: utterances as they are, however long, the folder's own."""
-    c, splice, shares = config, 0, None
+    c, splice, shares, lessons = config, 0, None, []
     if not held_out:
-        splice, shares = c.splice_frames, list(c.datasets.values())
+        places, weights = sources(c, dataset.folder), c.datasets or {dataset.folder: 1.0}
+        splice, shares = c.splice_frames, [weights.get(place, 0.0) for place in places]
+        ends = np.rint(np.cumsum([0.0, *c.curriculum.values()]) * c.max_steps)
+        lessons = list(zip(map(places.index, c.curriculum), ends[1:]))
     separator = TextTokenizer.load(f"{dataset.folder}/text_tokenizer").separator() if splice else ()
     return Loader(dataset, c.mixture, c.batch_rows, c.row_frames, c.prompt_len, c.seed, c.special_weight,
-                  c.loss_region, held_out, c.semantic_asr, splice, separator, shares)
+                  c.loss_region, held_out, c.semantic_asr, splice, separator, shares, lessons)
 
 
 @torch.no_grad()
@@ -112,6 +120,9 @@ def check(config, dataset, world, going_on=False):
                          f"x grad_accum={config.grad_accum}")
     if config.softmax not in ("grammar", "original"):
         raise ValueError(f"softmax is 'grammar' or 'original', not {config.softmax!r}")
+    if min(config.curriculum.values(), default=1) <= 0 or sum(config.curriculum.values()) > 1:
+        raise ValueError(f"curriculum={config.curriculum}: shares of the steps are above 0, and 1 in all at "
+                         "most")
     if config.new_rows != 1 and config.shard != 1 and world > 1:
         raise ValueError("new_rows needs whole copies of the model on each worker: --shard=1")
     compute_dtype(config.dtype, torch.device("cpu"))
@@ -283,7 +294,7 @@ def whole_job(config, arguments, settings, going_on):
     if not found:
         check_start(config)
     folder = data_of(config, settings)
-    for named in filter(None, (config.data, *config.datasets)):
+    for named in filter(None, (config.data, *config.datasets, *config.curriculum)):
         if not prepare.is_prepared(named):
             raise ValueError(f"{named} holds no prepared data")
     if not prepare.is_prepared(folder):

@@ -75,6 +75,24 @@ def test_utterances_that_follow_each_other_are_joined(tiny_data):
     assert undelay(loader.batch(0).tokens[0]).shape[1] == dataset.vocab.n_stream
 
 
+def test_a_curriculum_comes_first_and_one_folder_at_a_time(tiny_data, tiny_flags, tmp_path):
+    """Short pieces for the first fifth of the steps, longer ones for the next two, then the data."""
+    import train
+    short, longer = str(tmp_path / "short"), str(tmp_path / "longer")
+    for folder in (short, longer):
+        shutil.copytree(tiny_data, folder)
+    flags = [flag for flag in tiny_flags if not flag.startswith(("--data", "--max_steps"))]
+    config = load_config([*flags, f"--data={tiny_data}", "--max_steps=10",
+                          "--curriculum=" + str({short: 0.2, longer: 0.4})])
+    dataset = train.open_data(config, tiny_data)
+    loader = train.make_loader(config, dataset)
+    drawn = [{int(dataset.source[i]) for row in loader.plan(step) for _, i, _ in row} for step in range(10)]
+    assert drawn == [{1}] * 2 + [{2}] * 4 + [{0}] * 4
+    config.curriculum[longer] = 0.9
+    with pytest.raises(ValueError, match="1 in all at most"):
+        train.check(config, dataset, 1)
+
+
 def test_folders_are_drawn_by_their_weights_and_must_share_tokenizers(tiny_data, tmp_path):
     other, foreign = str(tmp_path / "other"), str(tmp_path / "foreign")
     shutil.copytree(tiny_data, other)
