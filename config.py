@@ -1,6 +1,6 @@
 """Configuration: one flat dataclass; a config file says what differs; --name=value on the command line wins.
 
-Eighth file of the reading order. A config file holds plain assignments and their arithmetic, nothing is
+Seventh file of the reading order. A config file holds plain assignments and their arithmetic, nothing is
 executed into anyone's globals, and a name or type that we don't know is an error that names the closest one.
 """
 import ast

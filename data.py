@@ -1,6 +1,6 @@
 """Data: token shards become packed batches, in an order that depends on nothing but (seed, step).
 
-Seventh file of the reading order. Each step draws examples afresh: a task by the mixture's weights, an
+Eighth file of the reading order. Each step draws examples afresh: a task by the mixture's weights, an
 utterance, for TTS another of its speaker as voice prompt. Examples are packed whole, each delayed by itself:
 
       row 0   [ asr: seven three five ......][ tts: two hundred and six .................][ text ....]  pad
@@ -29,6 +29,7 @@ from interleave import (
     training_rows,
 )
 from shards import SHARD_FILES, VERSION, check_shards, checksum
+from tokenize_text import TextTokenizer
 
 FILL = 0.97                 # of a batch is drawn before packing: most draws then fit whole
 
@@ -288,3 +289,28 @@ class Loader:
         parts = training_rows(documents or [nothing], self.weights)         # (S', N) x 3, (S',)
         padded = [F.pad(part, (0, 0) * (part.ndim - 1) + (0, n_pad)) for part in parts]     # PAD is 0
         return *padded, lengths + [n_pad] * (n_pad > 0), sum(lengths)
+
+
+# ---- what a run draws from: config is config.py's Config ---------------------------------------------------
+
+def open_data(config, folder, verify=False):
+    """The training split of `folder`, and of the others of config.datasets and config.curriculum."""
+    return Dataset(folder, "train", verify, config.token_streams, sources(config, folder)[1:])
+
+
+def sources(config, folder):
+    """Folders that a run draws from: the one that says what its tokens are, then the others."""
+    return list(dict.fromkeys([folder, *config.datasets, *config.curriculum]))
+
+
+def make_loader(config, dataset, held_out=False):
+    """held_out: utterances as they are, however long, the folder's own."""
+    c, splice, shares, lessons = config, 0, None, []
+    if not held_out:
+        places, weights = sources(c, dataset.folder), c.datasets or {dataset.folder: 1.0}
+        splice, shares = c.splice_frames, [weights.get(place, 0.0) for place in places]
+        ends = np.rint(np.cumsum([0.0, *c.curriculum.values()]) * c.max_steps)
+        lessons = list(zip(map(places.index, c.curriculum), ends[1:]))
+    separator = TextTokenizer.load(f"{dataset.folder}/text_tokenizer").separator() if splice else ()
+    return Loader(dataset, c.mixture, c.batch_rows, c.row_frames, c.prompt_len, c.seed, c.special_weight,
+                  c.loss_region, held_out, c.semantic_asr, splice, separator, shares, lessons)

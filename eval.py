@@ -5,15 +5,14 @@ Fifteenth file of the reading order.
   python eval.py out/numbers --whisper=DIR      also lets Whisper judge the speech (pip install -e '.[eval]')
   python eval.py out/numbers --compare=out/b    two evaluated runs, utterance by utterance
 Everything is measured on texts that no training utterance has; "unseen" are voices that training never heard.
+Exit code 3: something was not available; the table says how to get it, and the rest of it stands.
 Synthesis is judged on its sound: the wav is tokenized again and read by the model's own recogniser, which is
 too kind, and by Whisper, where given, next to the original recordings, as they are and tokenized and decoded.
 """
 import argparse
-import functools
 import json
 import math
 import os
-import re
 import sys
 import time
 
@@ -27,114 +26,9 @@ from checkpoint import same_vocab
 from data import Dataset, Loader
 from heads import batch_loss, mean_losses, weighted_loss
 from interleave import build_sequence, speech_frames, text_frames, training_rows
-from sample import Speaker, edit_distance
-from spoken_numbers import ONES, TENS, cardinal, digits
+from sample import Speaker
 from tokenize_audio import Tokenizer, load_audio
-
-NUMBER_WORDS = {*ONES, *TENS, "hundred", "thousand", "and"}
-
-
-def edit_counts(reference, hypothesis):
-    """Substitutions, insertions, deletions of one cheapest way from one list to the other."""
-    row = [(j, 0, j, 0) for j in range(len(hypothesis) + 1)]        # errors, and of them sub, ins, del
-    for i, r in enumerate(reference, 1):
-        above, row = row, [(i, 0, 0, i)]
-        for j, h in enumerate(hypothesis, 1):
-            (e, s, a, d), (e2, s2, a2, d2), (e3, s3, a3, d3) = above[j - 1], row[j - 1], above[j]
-            wrong = int(r != h)
-            row.append(min((e + wrong, s + wrong, a, d), (e2 + 1, s2, a2 + 1, d2), (e3 + 1, s3, a3, d3 + 1)))
-    return row[-1][1:]
-
-
-def error_report(references, hypotheses):
-    """What WER is made of -> words with insertions, deletions and substitutions, the mean over utterances,
-    character errors, 95 % intervals, and the worst utterances."""
-    counts = np.array([edit_counts(r.split(), h.split()) for r, h in zip(references, hypotheses)])  # (M, 3)
-    words, errors = np.array([len(r.split()) for r in references]), counts.sum(1)
-    letters = [edit_distance(r, h) for r, h in zip(references, hypotheses)]
-    wer, low, high = interval(errors, words)
-    worst = np.argsort(-errors / np.maximum(words, 1), kind="stable")[:5]
-    return {"wer": 100 * wer, "wer_interval": [100 * low, 100 * high],
-            "wer_mean_of_utterances": 100 * float(np.mean(errors / np.maximum(words, 1))),
-            "cer": 100 * sum(letters) / max(1, sum(map(len, references))),
-            "words": int(words.sum()), **dict(zip(("substitutions", "insertions", "deletions"),
-                                                 counts.sum(0).tolist())),
-            "worst": [[references[k], hypotheses[k]] for k in worst]}
-
-
-def word_error_rate(references, hypotheses, cap=False):
-    """Corpus WER in percent: all errors / all reference words. cap: an utterance's errors count at most its
-    words, so that one endless repetition does not stand for the whole test."""
-    errors, words = word_errors(references, hypotheses, cap)
-    return float(100 * errors.sum() / words.sum())
-
-
-def word_errors(references, hypotheses, cap=False):
-    """-> errors (M,), words of the references (M,), as of `word_error_rate`."""
-    pairs = [(r.split(), h.split()) for r, h in zip(references, hypotheses, strict=True)]
-    errors, words = np.array([edit_distance(*pair) for pair in pairs]), np.array([len(r) for r, _ in pairs])
-    return np.minimum(errors, words) if cap else errors, words
-
-
-def interval(values, of=None, n=1000, seed=0):
-    """Mean of values (M,), or sum(values) / sum(of), with its 95 % interval by bootstrap over the M
-    utterances or questions: (estimate, low, high)."""
-    values = np.asarray(values, float)
-    of = np.ones(len(values)) if of is None else np.asarray(of, float)
-    picked = np.random.default_rng(seed).integers(len(values), size=(n, len(values)))
-    again = values[picked].sum(1) / np.maximum(of[picked].sum(1), 1e-9)
-    return float(values.sum() / of.sum()), *map(float, np.percentile(again, [2.5, 97.5]))
-
-
-def spell_out(hypothesis, reference):
-    """Whisper's spelling -> words: lower case, no punctuation, numerals digit by digit where the reference is
-    a digit string and as cardinals otherwise: ('7-3 5.', 'seven three five') -> 'seven three five'."""
-    is_digits = all(word in ONES[:10] for word in reference.split())
-    text = re.sub(r"(?<=\d),(?=\d{3})", "", hypothesis.lower())             # 2,345 -> 2345
-
-    def words(match):
-        numeral = match.group()
-        return f" {digits(numeral) if is_digits or int(numeral) > 9999 else cardinal(int(numeral))} "
-
-    return " ".join(re.sub(r"[^a-z ]", " ", re.sub(r"\d+", words, text)).split())
-
-
-def comparable(reference, hypothesis):
-    """What was said and what Whisper wrote, both in one spelling -> (reference, hypothesis). Spoken numbers
-    are spelled out; for all else we take Whisper's own English normaliser."""
-    if set(reference.split()) <= NUMBER_WORDS:
-        return reference, spell_out(hypothesis, reference)
-    normalise = english()
-    return normalise(reference), normalise(hypothesis)
-
-
-@functools.cache
-def english():
-    try:
-        from whisper_normalizer.english import EnglishTextNormalizer
-    except ImportError:
-        raise ValueError("--whisper needs whisper-normalizer: pip install -e '.[eval]'") from None
-    return EnglishTextNormalizer()
-
-
-class Whisper:
-    """An external judge through faster-whisper: hear(wav) -> what it wrote."""
-
-    def __init__(self, folder):
-        try:
-            from faster_whisper import WhisperModel
-        except ImportError:
-            raise ValueError("--whisper needs faster-whisper: pip install -e '.[eval]'") from None
-        self.model = WhisperModel(folder, device="cpu", compute_type="float32", cpu_threads=os.cpu_count())
-
-    def hear(self, wav):
-        """wav (n,) at 16 kHz, with silence around it (Whisper is poor on bare short clips) -> text."""
-        silence = np.zeros(Tokenizer.sample_rate // 2, np.float32)
-        padded = np.concatenate([silence, wav.astype(np.float32), silence])
-        segments, _ = self.model.transcribe(padded, language="en", beam_size=1, without_timestamps=True,
-                                            condition_on_previous_text=False)
-        return " ".join(segment.text for segment in segments)
-
+from wer import capped_interval, comparable, error_report, open_whisper, word_error_rate, word_errors
 
 # ---- the parts ---------------------------------------------------------------------------------------------
 
@@ -183,11 +77,6 @@ def evaluate_tts(speaker, dataset, limit, folder, whisper=None, best=1, seed=0):
         soundfile.write(f"{name}.model.wav", groups["wer"][i], Tokenizer.sample_rate)
         soundfile.write(f"{name}.original.wav", groups["resynthesised"][i], Tokenizer.sample_rate)
     return {"own_asr": own, "whisper": judged}, list(zip(references, read["wer"]))
-
-
-def capped_interval(references, hypotheses):
-    """The 95 % interval of the capped WER, in percent."""
-    return [100 * x for x in interval(*word_errors(references, hypotheses, cap=True))[1:]]
 
 
 def pad_short(wav):
@@ -289,9 +178,10 @@ def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto", best=1
     for name, dataset in (("seen", seen), ("unseen", unseen)):
         results["asr"][name], transcripts[f"asr_{name}"] = evaluate_asr(speaker, dataset, c.eval_utterances)
     voices = unseen if len(unseen) else seen
-    whisper = Whisper(whisper_folder) if whisper_folder else None
+    whisper, missing = open_whisper(whisper_folder) if whisper_folder else (None, None)
     results["tts"], transcripts["tts"] = evaluate_tts(
         speaker, voices, c.tts_utterances, f"{run}/wavs", whisper, best)
+    results["not_available"] = {"TTS WER by Whisper": missing} if missing else {}
     results["listening"] = listening(speaker, voices)
     results["perplexity"] = {"seen": perplexities(speaker, seen), "unseen": perplexities(speaker, unseen)}
     record = {"seconds": {}}
@@ -335,6 +225,7 @@ def table(results):
     for judge, found in (("own ASR", judged), ("Whisper", whisper or {})):
         lines += [f"TTS, {name.replace('_', ' ')}, by {judge}: {percent(value)}"
                   for name, value in found.items() if name.startswith("best_of")]
+    lines += [f"{row}: not available: {how}" for row, how in results["not_available"].items()]
     if results["listening"]:
         own, other = results["listening"]["own"], results["listening"]["other"]
         lines.append(f"text, nats a word    {own:.2f} after its own speech, {other:.2f} after another's")
@@ -382,8 +273,12 @@ if __name__ == "__main__":
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
     args = parser.parse_args()
     try:
-        print(compare(args.run, args.compare) if args.compare else table(
-            evaluate(args.run, args.whisper, args.data, args.quant, args.dtype, args.best, args.n)))
+        if args.compare:
+            print(compare(args.run, args.compare))
+            sys.exit()
+        found = evaluate(args.run, args.whisper, args.data, args.quant, args.dtype, args.best, args.n)
+        print(table(found))
+        sys.exit(3 if found["not_available"] else 0)
     except ValueError as problem:
         print(f"eval.py: {problem}", file=sys.stderr)
         sys.exit(2)

@@ -23,11 +23,11 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import starting_weights
-from eval import interval
 from interleave import text_frames
 from parallel import empty_model
 from sample import Speaker
 from tokenize_text import TOKENIZER_FILES, TextTokenizer, find_folder
+from wer import interval
 
 SHOTS, WINDOW, BATCH = 5, 1024, 2048        # examples before an MMLU question; tokens of a text; of a batch
 
@@ -146,6 +146,11 @@ def main(arguments):
         models[f"{args.run}, whole vocabulary"] = speaker.model, tokenizer
         models[args.before] = base, tokenizer
     shots, results = read_rows(args.shots) if args.shots else [], {}
+    missing = [path for path in (*args.text, *args.choices) if not os.path.isfile(path)]
+    for path in missing:
+        print(f"{path}: not available: no such file; see --help for what it holds")
+    args.text, args.choices = ([path for path in paths if path not in missing]
+                               for paths in (args.text, args.choices))
     for name, (model, tokenizer) in models.items():
         result = results[name] = {}
         for path in args.text:
@@ -161,11 +166,12 @@ def main(arguments):
     if os.path.isdir(speaker.run):
         with open(f"{speaker.run}/results_text.json", "w") as f:
             json.dump(results, f, indent=1)
+    return 3 if missing else 0
 
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        sys.exit(main(sys.argv[1:]))
     except (ValueError, OSError) as problem:
         print(f"eval_text.py: {problem}", file=sys.stderr)
         sys.exit(2)

@@ -3,7 +3,7 @@
 Helper of eval.py:  python eval_voice.py out/numbers --n=40
 The model speaks texts of held-out voices. Beside its speech stand the recording of the same text (tokenized
 and decoded, which is as good as it can get) and one of another speaker (the floor of similarity). Measures
-come from packages that bring their weights, each left out with a line where its package is missing:
+come from packages that bring their weights, a line says how to get one that is missing (exit code 3):
   similarity   cosine of speaker embeddings to the prompt's: resemblyzer, or --speaker_model=FOLDER of an
                x-vector model for transformers (for instance microsoft/wavlm-base-plus-sv)
   DNSMOS       predicted mean opinion score, P.835 overall and P.808: speechmos
@@ -22,13 +22,14 @@ from tqdm import tqdm
 
 from checkpoint import same_vocab
 from data import Dataset
-from eval import find_data, interval
+from eval import find_data
 from sample import Speaker
 from tokenize_audio import SAMPLE_RATE
+from wer import interval
 
 PIP = {"resemblyzer": "pip install --no-deps resemblyzer webrtcvad-wheels; pip install librosa",
        "speechmos": "pip install --no-deps speechmos; pip install librosa onnxruntime",
-       "librosa": "pip install librosa"}
+       "librosa": "pip install librosa", "transformers": "pip install transformers"}
 
 
 def speaker_embedder(folder=None):
@@ -70,12 +71,12 @@ def pitch_meter():
     return measure
 
 
-def load(package, make, *arguments):
-    """make(*arguments), or None and a line that says how to install the package."""
+def load(measure, package, missing, make, *arguments):
+    """make(*arguments), or None, and how to install the package in missing[measure]."""
     try:
         return make(*arguments)
     except ImportError:
-        print(f"left out: {package} is not installed ({PIP[package]})")
+        missing[measure] = PIP[package]
         return None
 
 
@@ -143,21 +144,27 @@ def main(arguments):
     dataset.vocab = same_vocab(dataset.vocab, speaker.vocab, speaker.run)
     texts, prompts, groups, ended = speak(speaker, dataset, args.n)
     write_versa(f"{speaker.run}/voices", texts, prompts, groups)
-    embed = load("resemblyzer", speaker_embedder, args.speaker_model)
-    results = measure_voices(groups, prompts, texts, embed, load("speechmos", dnsmos_scorer),
-                             load("librosa", pitch_meter))
+    missing = {}
+    embed = load("similarity", "transformers" if args.speaker_model else "resemblyzer", missing,
+                 speaker_embedder, args.speaker_model)
+    score = load("DNSMOS", "speechmos", missing, dnsmos_scorer)
+    results = measure_voices(groups, prompts, texts, embed, score,
+                             load("pitch", "librosa", missing, pitch_meter))
     for name, measures in results.items():
         print(f"{name}: " + ", ".join(f"{measure} {mean:.2f} ({low:.2f} to {high:.2f})"
                                       for measure, (mean, low, high) in measures.items()))
+    for measure, how in missing.items():
+        print(f"{measure}: not available: {how}")
     print(f"{len(texts)} texts, {100 * ended:.0f} % ended by themselves; wavs and VERSA's lists in "
           f"{speaker.run}/voices")
     with open(f"{speaker.run}/results_voice.json", "w") as f:
-        json.dump(results | {"n": len(texts), "ended": ended}, f, indent=1)
+        json.dump(results | {"n": len(texts), "ended": ended, "not_available": missing}, f, indent=1)
+    return 3 if missing else 0
 
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        sys.exit(main(sys.argv[1:]))
     except ValueError as problem:
         print(f"eval_voice.py: {problem}", file=sys.stderr)
         sys.exit(2)

@@ -19,10 +19,10 @@ import torch
 
 from corpora import Manifest
 from data import Dataset
-from eval import Whisper, comparable, edit_distance, word_error_rate
 from interleave import changes
 from prepare import read_utterance
 from tokenize_audio import SAMPLE_RATE, Tokenizer
+from wer import comparable, edit_distance, open_whisper, word_error_rate
 
 
 def judge_sound(tokenizer, wavs, texts, whisper=None):
@@ -125,14 +125,17 @@ def main(arguments):
             wavs.append(read_utterance(row, 30.0))
             texts.append(row["text"])
     torch.set_num_threads(os.cpu_count())
-    whisper = Whisper(args.whisper) if args.whisper else None
+    whisper, missing = open_whisper(args.whisper) if args.whisper else (None, None)
     for name, value in judge_sound(Tokenizer.load(args.tokenizer), wavs, texts, whisper).items():
         print(f"{name:28s} {value:8.3f}")
+    if missing:
+        print(f"WER by Whisper: not available: {missing}")
+    return 3 if missing else 0
 
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        sys.exit(main(sys.argv[1:]))
     except ValueError as problem:
         print(f"judge.py: {problem}", file=sys.stderr)
         sys.exit(2)

@@ -29,22 +29,13 @@ from decode import beam_search, generate, prepare_for_decoding, steps
 from interleave import SPEECH, TEXT, Vocab, generation_prefix, speech_codes, speech_frames, text_frames
 from tokenize_audio import Tokenizer, load_audio
 from tokenize_text import TOKENIZER_FILES, TextTokenizer, find_folder
+from wer import edit_distance
 
 FRAMES_A_LETTER = 1, 12     # speech is not shorter (50 letters a second) nor longer (4, and a second more)
 PIECE_LETTERS = 200         # longer texts are spoken piece by piece
 
 
 # ---- pieces ------------------------------------------------------------------------------------------------
-
-def edit_distance(reference, hypothesis):
-    """Fewest insertions, deletions and substitutions between two lists (Levenshtein)."""
-    row = list(range(len(hypothesis) + 1))
-    for i, r in enumerate(reference, 1):
-        diagonal, row[0] = row[0], i
-        for j, h in enumerate(hypothesis, 1):
-            diagonal, row[j] = row[j], min(diagonal + (r != h), row[j] + 1, row[j - 1] + 1)
-    return row[-1]
-
 
 def cut_text(text, letters=PIECE_LETTERS):
     """A long text -> pieces of at most so many letters, cut at ends of sentences, else commas, else words."""

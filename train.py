@@ -15,14 +15,13 @@ import os
 import signal
 import sys
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 import prepare
 from checkpoint import Saver, checkpoints, newest, newest_whole, resume, starting_vocab, starting_weights
 from config import load_config, read_config
-from data import Dataset, Loader
+from data import Dataset, make_loader, open_data
 from heads import batch_loss, mean_losses
 from interleave import Vocab
 from job import report, run_stage
@@ -45,7 +44,7 @@ from parallel import (
     worker_mesh,
 )
 from tokenize_audio import Tokenizer
-from tokenize_text import KINDS, TextTokenizer, make_text_tokenizer
+from tokenize_text import KINDS, make_text_tokenizer
 
 
 def learning_rate(config, step):
@@ -65,29 +64,6 @@ def make_optimizers(config, model, dtype):
     if matrices:
         optimizers.append(Muon(matrices, config.muon_lr, 0.95, config.muon_iterations, decay, dtype))
     return optimizers
-
-
-def open_data(config, folder, verify=False):
-    """The training split of `folder`, and of the others of config.datasets and config.curriculum."""
-    return Dataset(folder, "train", verify, config.token_streams, sources(config, folder)[1:])
-
-
-def sources(config, folder):
-    """Folders that a run draws from: the one that says what its tokens are, then the others."""
-    return list(dict.fromkeys([folder, *config.datasets, *config.curriculum]))
-
-
-def make_loader(config, dataset, held_out=False):
-    """held_out: utterances as they are, however long, the folder's own."""
-    c, splice, shares, lessons = config, 0, None, []
-    if not held_out:
-        places, weights = sources(c, dataset.folder), c.datasets or {dataset.folder: 1.0}
-        splice, shares = c.splice_frames, [weights.get(place, 0.0) for place in places]
-        ends = np.rint(np.cumsum([0.0, *c.curriculum.values()]) * c.max_steps)
-        lessons = list(zip(map(places.index, c.curriculum), ends[1:]))
-    separator = TextTokenizer.load(f"{dataset.folder}/text_tokenizer").separator() if splice else ()
-    return Loader(dataset, c.mixture, c.batch_rows, c.row_frames, c.prompt_len, c.seed, c.special_weight,
-                  c.loss_region, held_out, c.semantic_asr, splice, separator, shares, lessons)
 
 
 @torch.no_grad()

@@ -2,19 +2,13 @@
 import json
 import os
 import random
+import sys
 
 import pytest
+from conftest import ROOT, run_here
 
-from eval import (
-    comparable,
-    compare,
-    edit_counts,
-    edit_distance,
-    error_report,
-    interval,
-    spell_out,
-    word_error_rate,
-)
+from eval import compare
+from wer import comparable, edit_counts, edit_distance, error_report, interval, spell_out, word_error_rate
 
 
 def test_word_error_rate_agrees_with_jiwer():
@@ -74,3 +68,12 @@ def test_numerals_are_spelled_out_as_the_reference_is(heard, reference, words):
 def test_other_texts_are_compared_in_whispers_own_spelling():
     pytest.importorskip("whisper_normalizer")
     assert len(set(comparable("mister smith doesn't pay twenty dollars", "Mr. Smith does not pay $20."))) == 1
+
+
+def test_a_judge_that_is_absent_leaves_a_row_that_says_how_to_get_it(tiny_run, monkeypatch):
+    """The rest of the table stands, and the exit code tells scripts."""
+    monkeypatch.setitem(sys.modules, "faster_whisper", None)
+    code, out, err = run_here(ROOT / "eval.py", tiny_run, "--n=2", "--whisper=whisper-base")
+    assert code == 3, err
+    assert "TTS WER by Whisper: not available" in out and "pip install -e '.[eval]'" in out
+    assert "ASR WER" in out and "(n=2)" in out and "nats a word" in out

@@ -1,0 +1,141 @@
+"""Word error rates: how errors are counted, how sure a figure is, and Whisper as an external judge.
+
+Helper of sample.py and eval.py. A reference is what was said, a hypothesis what somebody heard. Texts are
+compared as they are; what Whisper writes ("Mr. Smith paid $20.") is first brought into one spelling with the
+reference by Whisper's own English normaliser.
+"""
+import functools
+import os
+import re
+
+import numpy as np
+
+from spoken_numbers import ONES, TENS, cardinal, digits
+from tokenize_audio import SAMPLE_RATE
+
+NUMBER_WORDS = {*ONES, *TENS, "hundred", "thousand", "and"}
+
+
+def edit_distance(reference, hypothesis):
+    """Fewest insertions, deletions and substitutions between two lists (Levenshtein)."""
+    row = list(range(len(hypothesis) + 1))
+    for i, r in enumerate(reference, 1):
+        diagonal, row[0] = row[0], i
+        for j, h in enumerate(hypothesis, 1):
+            diagonal, row[j] = row[j], min(diagonal + (r != h), row[j] + 1, row[j - 1] + 1)
+    return row[-1]
+
+
+def edit_counts(reference, hypothesis):
+    """Substitutions, insertions, deletions of one cheapest way from one list to the other."""
+    row = [(j, 0, j, 0) for j in range(len(hypothesis) + 1)]        # errors, and of them sub, ins, del
+    for i, r in enumerate(reference, 1):
+        above, row = row, [(i, 0, 0, i)]
+        for j, h in enumerate(hypothesis, 1):
+            (e, s, a, d), (e2, s2, a2, d2), (e3, s3, a3, d3) = above[j - 1], row[j - 1], above[j]
+            wrong = int(r != h)
+            row.append(min((e + wrong, s + wrong, a, d), (e2 + 1, s2, a2 + 1, d2), (e3 + 1, s3, a3, d3 + 1)))
+    return row[-1][1:]
+
+
+def word_errors(references, hypotheses, cap=False):
+    """-> errors (M,), words of the references (M,), as of `word_error_rate`."""
+    pairs = [(r.split(), h.split()) for r, h in zip(references, hypotheses, strict=True)]
+    errors, words = np.array([edit_distance(*pair) for pair in pairs]), np.array([len(r) for r, _ in pairs])
+    return np.minimum(errors, words) if cap else errors, words
+
+
+def word_error_rate(references, hypotheses, cap=False):
+    """Corpus WER in percent: all errors / all reference words. cap: an utterance's errors count at most its
+    words, so that one endless repetition does not stand for the whole test."""
+    errors, words = word_errors(references, hypotheses, cap)
+    return float(100 * errors.sum() / words.sum())
+
+
+def error_report(references, hypotheses):
+    """What WER is made of -> words with insertions, deletions and substitutions, the mean over utterances,
+    character errors, 95 % intervals, and the worst utterances."""
+    counts = np.array([edit_counts(r.split(), h.split()) for r, h in zip(references, hypotheses)])  # (M, 3)
+    words, errors = np.array([len(r.split()) for r in references]), counts.sum(1)
+    letters = [edit_distance(r, h) for r, h in zip(references, hypotheses)]
+    wer, low, high = interval(errors, words)
+    worst = np.argsort(-errors / np.maximum(words, 1), kind="stable")[:5]
+    return {"wer": 100 * wer, "wer_interval": [100 * low, 100 * high],
+            "wer_mean_of_utterances": 100 * float(np.mean(errors / np.maximum(words, 1))),
+            "cer": 100 * sum(letters) / max(1, sum(map(len, references))),
+            "words": int(words.sum()), **dict(zip(("substitutions", "insertions", "deletions"),
+                                                 counts.sum(0).tolist())),
+            "worst": [[references[k], hypotheses[k]] for k in worst]}
+
+
+def interval(values, of=None, n=1000, seed=0):
+    """Mean of values (M,), or sum(values) / sum(of), with its 95 % interval by bootstrap over the M
+    utterances or questions: (estimate, low, high)."""
+    values = np.asarray(values, float)
+    of = np.ones(len(values)) if of is None else np.asarray(of, float)
+    picked = np.random.default_rng(seed).integers(len(values), size=(n, len(values)))
+    again = values[picked].sum(1) / np.maximum(of[picked].sum(1), 1e-9)
+    return float(values.sum() / of.sum()), *map(float, np.percentile(again, [2.5, 97.5]))
+
+
+def capped_interval(references, hypotheses):
+    """The 95 % interval of the capped WER, in percent."""
+    return [100 * x for x in interval(*word_errors(references, hypotheses, cap=True))[1:]]
+
+
+# ---- Whisper -----------------------------------------------------------------------------------------------
+
+def spell_out(hypothesis, reference):
+    """Whisper's spelling -> words: lower case, no punctuation, numerals digit by digit where the reference is
+    a digit string and as cardinals otherwise: ('7-3 5.', 'seven three five') -> 'seven three five'."""
+    is_digits = all(word in ONES[:10] for word in reference.split())
+    text = re.sub(r"(?<=\d),(?=\d{3})", "", hypothesis.lower())             # 2,345 -> 2345
+
+    def words(match):
+        numeral = match.group()
+        return f" {digits(numeral) if is_digits or int(numeral) > 9999 else cardinal(int(numeral))} "
+
+    return " ".join(re.sub(r"[^a-z ]", " ", re.sub(r"\d+", words, text)).split())
+
+
+def comparable(reference, hypothesis):
+    """What was said and what Whisper wrote, both in one spelling -> (reference, hypothesis). Spoken numbers
+    are spelled out; for all else we take Whisper's own English normaliser."""
+    if set(reference.split()) <= NUMBER_WORDS:
+        return reference, spell_out(hypothesis, reference)
+    normalise = english()
+    return normalise(reference), normalise(hypothesis)
+
+
+@functools.cache
+def english():
+    from whisper_normalizer.english import EnglishTextNormalizer
+    return EnglishTextNormalizer()
+
+
+class Whisper:
+    """An external judge through faster-whisper: hear(wav) -> what it wrote."""
+
+    def __init__(self, folder):
+        from faster_whisper import WhisperModel
+        self.model = WhisperModel(folder, device="cpu", compute_type="float32", cpu_threads=os.cpu_count())
+
+    def hear(self, wav):
+        """wav (n,) at 16 kHz, with silence around it (Whisper is poor on bare short clips) -> text."""
+        silence = np.zeros(SAMPLE_RATE // 2, np.float32)
+        padded = np.concatenate([silence, wav.astype(np.float32), silence])
+        segments, _ = self.model.transcribe(padded, language="en", beam_size=1, without_timestamps=True,
+                                            condition_on_previous_text=False)
+        return " ".join(segment.text for segment in segments)
+
+
+def open_whisper(folder):
+    """-> (Whisper, None), or (None, how to get what is missing)."""
+    try:
+        english()
+        return Whisper(folder), None
+    except ImportError as problem:
+        return None, f"no {problem.name}: pip install -e '.[eval]'"
+    except (ValueError, OSError, RuntimeError) as problem:
+        return None, (f"no Whisper model in CTranslate2 form in {folder} ({str(problem).splitlines()[0]}): "
+                      "ct2-transformers-converter --model openai/whisper-base makes one")
