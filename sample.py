@@ -26,6 +26,7 @@ from checkpoint import load_model, save_model
 from convert import export_text, is_published
 from data import prompt_frames
 from decode import beam_search, generate, prepare_for_decoding, steps
+from explain import explain_asr, explain_tts
 from interleave import SPEECH, TEXT, Vocab, generation_prefix, speech_codes, speech_frames, text_frames
 from tokenize_audio import Tokenizer, load_audio
 from tokenize_text import TOKENIZER_FILES, TextTokenizer, find_folder
@@ -303,6 +304,8 @@ def main():
     parser.add_argument("--beam", type=int, default=1, help="asr: keep so many hypotheses (1: greedy)")
     parser.add_argument("--best", type=int, default=1, help="tts: of so many samples the best, by own ASR")
     parser.add_argument("--json", action="store_true", help="asr: a line of json for each file")
+    parser.add_argument("--explain", metavar="PAGE", help="asr, tts: look inside, see explain.py")
+    parser.add_argument("--head", help="LAYER,HEAD whose attention that page shows (default: the best)")
     parser.add_argument("--stream", action="store_true", help="tts: write while it speaks")
     args = parser.parse_args()
     speaker = Speaker(args.run, quant=args.quant, dtype=args.dtype)
@@ -312,6 +315,8 @@ def main():
     generator = torch.Generator().manual_seed(args.seed)
     read = lambda path: speaker.encode(load_audio(path))
     from_stdin = args.input == ["-"]
+    if args.explain:
+        return explain(speaker, args, generator)
     lines = [line.strip() for line in sys.stdin if line.strip()] if from_stdin else args.input
     if args.task == "asr":
         for path in lines:
@@ -332,6 +337,23 @@ def main():
         wav = speaker.decode(torch.cat([torch.from_numpy(given), new]))
         soundfile.write(args.out, wav, Tokenizer.sample_rate)
         print(f"{args.out}: {how_it_ended(speaker, wav, ended)}")
+
+
+def explain(speaker, args, generator):
+    """Write the page that explain.py makes of one utterance."""
+    head = tuple(int(part) for part in args.head.split(",")) if args.head else None
+    if args.task == "tts" and args.prompt:
+        prompt = speaker.encode(load_audio(args.prompt))
+        page, wav = explain_tts(speaker, " ".join(args.input), prompt, generator, head)
+        soundfile.write(args.out, wav, Tokenizer.sample_rate)
+    elif args.task == "asr":
+        page, text = explain_asr(speaker, load_audio(args.input[0]), head)
+        print(text)
+    else:
+        raise ValueError("--explain goes with asr of one file, or tts of one text with a --prompt")
+    with open(args.explain, "w", encoding="utf-8") as f:
+        f.write(page)
+    print(f"{args.explain}: open it in a browser")
 
 
 def how_it_ended(speaker, wav, ended):
