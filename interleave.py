@@ -1,7 +1,7 @@
 """Interleaving: how speech and text become one sequence that a decoder-only Transformer can predict.
 
 First file of the reading order; it imports nothing of ours. It holds the joint vocabulary, the task
-templates, the delay and the loss weights. See it at work:  python interleave.py
+templates, the delay and the loss weights. See it at work:  python interleave.py [a folder of prepared data]
 Implements OpusLM (arXiv 2506.17611), section 2; layout from its toolkit ESPnet-SpeechLM (arXiv 2502.15218).
 
 Dimension letters, used in every file:
@@ -13,6 +13,7 @@ text and special tokens live in stream 0 and leave the others padded. Drawn with
 
       text frame   w  .  .          speech frame   s  a1  a2          special frame   <eos>  .  .
 """
+import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -305,24 +306,48 @@ def training_example(vocab, task, entries, weights, loss_region="whole"):
     return training_rows([build_sequence(vocab, task, entries, loss_region)], weights)
 
 
-def show(vocab, frames):
-    """Frames (T, N) as text, one row a line: special names, text ids, or the raw code of each stream."""
+PAINT = {"pad": 90, "special": 33, "text": 32, "semantic": 36, "acoustic": 35}      # colours of a terminal
+
+
+def show(vocab, frames, paint=False, most=None):
+    """Frames (T, N) as text, one row a line: special names, text ids, or the raw code of each stream. paint:
+    with a terminal's colours.  most: rows that are shown, the first and the last ones."""
     names = {i: name for name, i in SPECIAL.items()}
     rows = []
     for frame in frames.tolist():
         cells = []
         for n, i in enumerate(frame):
             start = vocab.text_start if n == 0 and i >= vocab.text_start else vocab.streams[n][0]
-            letter = "w" if start == vocab.text_start else ""
-            cells.append("." if i == PAD else names.get(i) or letter + str(i - start))
-        rows.append(f"{cells[0]:>26} " + " ".join(f"{cell:>4}" for cell in cells[1:]))
+            kind = ("pad" if i == PAD else "special" if i < N_SPECIAL else
+                    "text" if start == vocab.text_start else vocab.stream_names[n].rstrip("12345678"))
+            cell = "." if i == PAD else names.get(i) or "w" * (kind == "text") + str(i - start)
+            cell = f"{cell:>{26 if n == 0 else 4}}"
+            cells.append(f"\033[{PAINT[kind]}m{cell}\033[0m" if paint else cell)
+        rows.append(" ".join(cells))
+    if most and len(rows) > most:
+        left = len(rows) - most
+        rows[most // 2:len(rows) - (most - most // 2)] = [f"{'...':>26} {left} frames more"]
     return "\n".join(rows)
 
 
-if __name__ == "__main__":
-    toy = Vocab(n_semantic=10, n_acoustic=10, n_level=2, n_text=10)
-    four = speech_frames(toy, [[1, 1, 1], [2, 2, 2], [3, 3, 3], [4, 4, 4]])
-    entries = {"speech": four, "prompt": four[:2], "text": text_frames(toy, [7, 8])}
+def main(arguments):
+    """Print each task's sequence: of a toy example, or of the first utterance of a prepared folder."""
+    vocab = Vocab(n_semantic=10, n_acoustic=10, n_level=2, n_text=10)
+    four = speech_frames(vocab, [[1, 1, 1], [2, 2, 2], [3, 3, 3], [4, 4, 4]])
+    entries, most = {"speech": four, "prompt": four[:2], "text": text_frames(vocab, [7, 8])}, None
+    if arguments:
+        from data import Dataset  # a later file, for this demonstration only
+        dataset, most = Dataset(arguments[0], "train"), 40
+        vocab, (codes, text, _) = dataset.vocab, dataset[0]
+        prompt = dataset.draw_prompt(0, 10, np.random.default_rng(0))
+        entries = {"speech": speech_frames(vocab, codes), "prompt": speech_frames(vocab, prompt),
+                   "text": text_frames(vocab, text)}
+        print(f"{dataset.info['id'][0]}: {dataset.info['text'][0]}, {len(codes)} frames")
     for name in TASKS:
-        example, _, _ = build_sequence(toy, name, entries)
-        print(f"\n{name}: aligned\n{show(toy, example)}\n{name}: delayed\n{show(toy, delay(example))}")
+        example, _, _ = build_sequence(vocab, name, entries)
+        for how, frames in (("aligned", example), ("delayed", delay(example))):
+            print(f"\n{name}: {how}\n{show(vocab, frames, sys.stdout.isatty(), most)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
