@@ -11,8 +11,9 @@ from conftest import ROOT, run_here
 import prepare
 from data import Dataset
 
-ELSEWHERE = [       # .ci/run installs and tests; test_train.py runs these two
+ELSEWHERE = [       # .ci/run installs and tests; test_demo.py opens the page; test_train.py runs the last two
     "pip install -e . && python train.py configs/numbers.py", "pip install -e '.[test]' && pytest",
+    "pip install -e '.[demo]' && python demo.py",
     "python train.py configs/numbers.py --max_steps=20", "torchrun --nproc_per_node=2 train.py"]
 
 
