@@ -3,6 +3,7 @@
 Fifteenth file of the reading order.
   python eval.py out/numbers                    rewrites out/numbers/results.json, wavs and curves
   python eval.py out/numbers --whisper=DIR      also lets Whisper judge the speech (pip install -e '.[eval]')
+  python eval.py out/numbers --plot out/b       curves of both runs in out/numbers/compare.png
   python eval.py out/numbers --compare=out/b    two evaluated runs, utterance by utterance
 Everything is measured on texts that no training utterance has; "unseen" are voices that training never heard.
 Exit code 3: something was not available; the table says how to get it, and the rest of it stands.
@@ -26,6 +27,7 @@ from checkpoint import same_vocab
 from data import Dataset, Loader
 from heads import batch_loss, mean_losses, weighted_loss
 from interleave import build_sequence, speech_frames, text_frames, training_rows
+from plot import plot_comparison, plot_curves, read_run
 from sample import Speaker
 from tokenize_audio import Tokenizer, load_audio
 from wer import capped_interval, comparable, error_report, open_whisper, word_error_rate, word_errors
@@ -122,33 +124,6 @@ def listening(speaker, dataset, n=40):
     return result
 
 
-def plot_curves(run):
-    """out.jsonl -> curves.png: loss per kind of token, training and held out, and the learning rate."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    with open(f"{run}/out.jsonl") as f:
-        rows = [json.loads(line) for line in f]
-    names = [name for name in ("text", "semantic", "acoustic1", "acoustic4", "acoustic8")
-             if any(name in r for r in rows)]
-    figure, (losses, rate) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=[3, 1])
-    for i, name in enumerate(names):
-        points = [(r["step"], r[name]) for r in rows if name in r]
-        losses.plot(*zip(*points), color=f"C{i}", alpha=0.6, label=name)
-        held = [(r["step"], r["held_out"][name]) for r in rows if name in r.get("held_out", {})]
-        if held:
-            losses.plot(*zip(*held), "o-", color=f"C{i}", markersize=3, label=f"{name}, held out")
-    losses.set(ylabel="loss, nats per token")
-    losses.legend(fontsize=8, ncol=2)
-    points = [(r["step"], r["lr"]) for r in rows if "lr" in r]
-    if points:
-        rate.plot(*zip(*points), color="black")
-    rate.set(ylabel="learning rate", xlabel="step")
-    figure.tight_layout()
-    figure.savefig(f"{run}/curves.png", dpi=110)
-    plt.close(figure)
-
-
 def find_data(speaker, folder=None):
     """The prepared data to evaluate on: the folder named, else where the training's are or would be."""
     known = folder or speaker.state.get("data")
@@ -198,9 +173,21 @@ def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto", best=1
         with open(f"{run}/{name}.json.tmp", "w") as f:
             json.dump(content, f, indent=1)
         os.replace(f"{run}/{name}.json.tmp", f"{run}/{name}.json")
-    if os.path.exists(f"{run}/out.jsonl"):          # an exported folder has none
-        plot_curves(run)
+    note_error_rates(run, speaker.state, results)
+    plot_curves(run)
     return results
+
+
+def note_error_rates(run, state, results):
+    """Keep WER of each checkpoint that was evaluated, in wer.jsonl, for the curves."""
+    rates = {f"asr_{split}": found["wer"] for split, found in results["asr"].items()}
+    rates["tts"] = results["tts"]["own_asr"]["wer"]
+    row = {"step": state["step"], "frames": state["frames"], **rates}
+    kept = [old for old in read_run(run)[1] if old["step"] != row["step"]]
+    rows = sorted([*kept, row], key=lambda row: row["step"])
+    with open(f"{run}/wer.jsonl.tmp", "w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+    os.replace(f"{run}/wer.jsonl.tmp", f"{run}/wer.jsonl")
 
 
 def table(results):
@@ -269,10 +256,15 @@ if __name__ == "__main__":
     parser.add_argument("--n", type=int, help="utterances of each test (default: as in the configuration)")
     parser.add_argument("--best", type=int, default=1, help="TTS again by the best of so many samples")
     parser.add_argument("--compare", help="another evaluated run: only compare the two")
+    parser.add_argument("--plot", nargs="+", metavar="RUN", help="other runs: only draw their curves beside")
     parser.add_argument("--quant", default="", help="int8: faster decoding on a CPU")
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
     args = parser.parse_args()
     try:
+        if args.plot:
+            plot_comparison([args.run, *args.plot], f"{args.run}/compare.png")
+            print(f"{args.run}/compare.png")
+            sys.exit()
         if args.compare:
             print(compare(args.run, args.compare))
             sys.exit()

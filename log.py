@@ -70,7 +70,8 @@ class Log:
             return {}
         done = state["step"] - self.first["step"]
         finite = lambda x: x if math.isfinite(x) else None      # JSON has no NaN
-        row = {"step": state["step"], "loss": finite(loss), **mean_losses(self.sums or [], self.names),
+        row = {"step": state["step"], "frames": state["frames"], "loss": finite(loss),
+               **mean_losses(self.sums or [], self.names),
                "lr": lr, "grad_norm": finite(norm), "skipped": state["skipped"],
                "frames_per_second": (state["frames"] - self.first["frames"]) / seconds,
                "mfu": self.flops / seconds / self.peak, "memory_mb": peak_memory(self.device),

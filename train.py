@@ -43,6 +43,7 @@ from parallel import (
     whole,
     worker_mesh,
 )
+from plot import plot_curves
 from tokenize_audio import Tokenizer
 from tokenize_text import KINDS, make_text_tokenizer
 
@@ -228,7 +229,7 @@ def train(config, folder, going_on=False):
             row = log.step(state, sums, loss, norm, factor * config.lr, flops, last or stop)
             if held_out and config.eval_every and (state["step"] % config.eval_every == 0 or last):
                 losses = held_out_losses(model, held_out, config, rank, world)
-                row = (row or {"step": state["step"]}) | {"held_out": losses}
+                row = (row or {name: state[name] for name in ("step", "frames")}) | {"held_out": losses}
                 if sharded:
                     model.reshard()
             log.write(row)
@@ -237,6 +238,8 @@ def train(config, folder, going_on=False):
             log.go()
     saver.finish()
     log.close()
+    if rank == 0:
+        plot_curves(config.out_dir)
     speed = state["frames"] / max(state["seconds"], 1e-9)
     say(f"trained {state['step']} steps, {state['frames'] / 1e6:.2f}M frames in {state['seconds']:.0f} s: "
         f"{speed:.0f} frames/s")

@@ -2,12 +2,14 @@
 import json
 import os
 import random
+import shutil
 import sys
 
 import pytest
 from conftest import ROOT, run_here
 
-from eval import compare
+from eval import compare, note_error_rates
+from plot import read_run
 from wer import comparable, edit_counts, edit_distance, error_report, interval, spell_out, word_error_rate
 
 
@@ -77,3 +79,21 @@ def test_a_judge_that_is_absent_leaves_a_row_that_says_how_to_get_it(tiny_run, m
     assert code == 3, err
     assert "TTS WER by Whisper: not available" in out and "pip install -e '.[eval]'" in out
     assert "ASR WER" in out and "(n=2)" in out and "nats a word" in out
+
+
+def test_curves_show_error_rates_by_step_and_compare_runs(tiny_run, tmp_path):
+    """wer.jsonl keeps one line for each checkpoint that was evaluated, in the order of steps."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    for step, wer in ((9, 12.0), (3, 80.0), (9, 11.0)):
+        results = {"asr": {"seen": {"wer": None}, "unseen": {"wer": wer}}, "tts": {"own_asr": {"wer": 99.0}}}
+        note_error_rates(run, {"step": step, "frames": 100 * step}, results)
+    rows, wers = read_run(run)
+    assert [(row["step"], row["asr_unseen"]) for row in wers] == [(3, 80.0), (9, 11.0)]
+    assert rows[-1]["frames"] > 0 and os.path.getsize(run / "curves.png") > 5000, "training left curves"
+    with open(run / "out.jsonl", "a") as f:
+        f.write('{"step": 4, "lo')
+    assert read_run(run)[0] == rows, "a line that a kill cut off is no obstacle"
+    code, out, err = run_here(ROOT / "eval.py", str(run), "--plot", tiny_run)
+    assert code == 0 and os.path.getsize(run / "compare.png") > 5000, err
+    code, out, err = run_here(ROOT / "eval.py", str(run), "--plot", str(tmp_path))
+    assert code == 2 and "no out.jsonl" in err
