@@ -30,7 +30,7 @@ from explain import explain_asr, explain_tts
 from interleave import SPEECH, TEXT, Vocab, generation_prefix, speech_codes, speech_frames, text_frames
 from tokenize_audio import Tokenizer, load_audio
 from tokenize_text import TOKENIZER_FILES, TextTokenizer, find_folder
-from wer import edit_distance
+from wer import comparable, edit_distance, open_whisper
 
 FRAMES_A_LETTER = 1, 12     # speech is not shorter (50 letters a second) nor longer (4, and a second more)
 PIECE_LETTERS = 200         # longer texts are spoken piece by piece
@@ -166,27 +166,33 @@ class Speaker:
                                 *self.speech_options(generator, texts[part]))
         return [(speech_codes(self.vocab, frames), ended) for frames, ended in results]
 
-    def synthesise_best(self, texts, prompts, n, generator=None):
-        """The best of n samples of each text: which the model itself reads with the fewest wrong words, and
-        of those one that ended -> [(codes, ended)], as `synthesise`, and the share of wrong words."""
+    def synthesise_best(self, texts, prompts, n, generator=None, whisper=None):
+        """The best of n samples of each text: which the model itself, or a wer.Whisper, reads with the fewest
+        wrong words, and of those one that ended -> [(codes, ended)], as `synthesise`, and the share of wrong
+        words."""
         samples = self.synthesise([text for text in texts for _ in range(n)],
                                   [prompt for prompt in prompts for _ in range(n)], generator)
         if n == 1:
             return samples, None
-        heard = self.transcribe([np.asarray(codes) for codes, _ in samples])
+        if whisper:
+            heard = [whisper.hear(self.decode(codes)) for codes, _ in samples]
+        else:
+            heard = self.transcribe([np.asarray(codes) for codes, _ in samples])
         best, wrong = [], []
         for k, text in enumerate(texts):
-            words = text.lower().split()
-            errors = {j: edit_distance(words, heard[j].lower().split()) for j in range(k * n, k * n + n)}
+            errors = {}
+            for j in range(k * n, k * n + n):
+                pair = comparable(text, heard[j]) if whisper else (text.lower(), heard[j].lower())
+                errors[j] = edit_distance(*(words.split() for words in pair))
             chosen = min(errors, key=lambda j: (errors[j], not samples[j][1]))
             best.append(samples[chosen])
-            wrong.append(errors[chosen] / max(1, len(words)))
+            wrong.append(errors[chosen] / max(1, len(text.split())))
         return best, wrong
 
-    def speak(self, text, prompt, n=1, generator=None):
+    def speak(self, text, prompt, n=1, generator=None, whisper=None):
         """Speech of a text of any length -> (wav (m,), {"ended", "wrong"}): in pieces, a breath between."""
         pieces = cut_text(text) or [text]
-        best, wrong = self.synthesise_best(pieces, [prompt] * len(pieces), n, generator)
+        best, wrong = self.synthesise_best(pieces, [prompt] * len(pieces), n, generator, whisper)
         breath, wavs = np.zeros(Tokenizer.sample_rate // 10, np.float32), []
         for codes, _ in best:
             wavs += [self.decode(codes), breath]
@@ -303,6 +309,7 @@ def main():
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
     parser.add_argument("--beam", type=int, default=1, help="asr: keep so many hypotheses (1: greedy)")
     parser.add_argument("--best", type=int, default=1, help="tts: of so many samples the best, by own ASR")
+    parser.add_argument("--whisper", help="tts --best: by this Whisper's ear (CTranslate2 form) instead")
     parser.add_argument("--json", action="store_true", help="asr: a line of json for each file")
     parser.add_argument("--explain", metavar="PAGE", help="asr, tts: look inside, see explain.py")
     parser.add_argument("--head", help="LAYER,HEAD whose attention that page shows (default: the best)")
@@ -364,15 +371,19 @@ def how_it_ended(speaker, wav, ended):
 
 def speak_all(speaker, texts, prompt, args, generator):
     """One text into the wav args.out; lines of stdin into that folder, with samples.jsonl about each."""
+    whisper, missing = open_whisper(args.whisper) if args.whisper else (None, None)
+    if missing:
+        raise ValueError(missing)
     for number, text in enumerate(texts):
         path = args.out
         if args.input == ["-"]:
             os.makedirs(args.out, exist_ok=True)
             path = f"{args.out}/{number:04d}.wav"
-        wav, about = speaker.speak(text, prompt, args.best, generator)
+        wav, about = speaker.speak(text, prompt, args.best, generator, whisper)
         soundfile.write(path, wav, Tokenizer.sample_rate)
+        ear = "Whisper's" if whisper else "its own"
         print(f"{path}: {how_it_ended(speaker, wav, about['ended'])}"
-              + (f"; {100 * about['wrong']:.0f} % wrong by its own ear" if args.best > 1 else ""), flush=True)
+              + (f"; {100 * about['wrong']:.0f} % wrong by {ear} ear" if args.best > 1 else ""), flush=True)
         if args.input == ["-"]:
             about |= {"wav": path, "text": text, "prompt": args.prompt,
                       "seconds": len(wav) / Tokenizer.sample_rate}

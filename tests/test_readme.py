@@ -1,4 +1,4 @@
-"""Claim: every command of the README runs, here in small, or says that it needs something we don't have."""
+"""Claim: every command of README and docs/ runs, here in small, or says what it needs that is not here."""
 import os
 import re
 import shlex
@@ -18,7 +18,8 @@ ELSEWHERE = [       # .ci/run installs and tests; test_demo.py opens the page; t
 
 
 def commands():
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    blocks = [block for page in pages for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.S)]
     lines = [line for block in blocks for line in block.splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith(tuple(ELSEWHERE))]
     return [line for line in lines if not re.search("needs (data|GPU)", line)]

@@ -169,6 +169,14 @@ def test_the_best_sample_is_what_the_model_itself_reads_best(tiny_run, tiny_data
     [best], wrong = speaker.synthesise_best(["One two"], [None], 4)
     assert len(best[0]) == 11 and wrong == [0.0], "as right as another, but it came to an end"
 
+    class Judge:            # an external one, to whom only the last sample is right, in its own spelling
+        def hear(self, wav):
+            return "1-2!" if len(wav) == 12 else "three"
+
+    monkeypatch.setattr(speaker, "decode", lambda codes: codes[:, 0])
+    [best], wrong = speaker.synthesise_best(["one two"], [None], 4, whisper=Judge())
+    assert len(best[0]) == 12 and wrong == [0.0]
+
 
 def test_batches_decode_like_single_utterances(tiny_run, tiny_data):
     speaker, dataset = Speaker(tiny_run, dtype="float32"), Dataset(tiny_data, "seen")
