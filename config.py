@@ -40,6 +40,8 @@ class Config:
     prompt_len: int = 50            # frames of the TTS voice prompt (500 in OpusLM)
     token_streams: str = "both"     # or semantic, acoustic: one half of the speech tokens (ablations)
     semantic_asr: bool = False      # recognition reads semantic tokens alone, without repetitions
+    time_masks: int = 0             # so many spans of what recognition hears in training are hidden
+    time_mask_width: float = 0.05   # each of up to this share of it
     loss_region: str = "whole"      # whole (pre-training) or target (fine-tuning)
     special_weight: float = 1.0     # loss weight of markers, task tokens and eos (10 in the original recipes)
     softmax: str = "grammar"        # or original: see heads.token_losses

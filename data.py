@@ -22,6 +22,7 @@ from interleave import (
     Vocab,
     build_sequence,
     changes,
+    mask_time,
     speech_frames,
     stream0_frames,
     task_length,
@@ -148,12 +149,13 @@ class Loader:
 
     def __init__(self, dataset, mixture, n_row, row_frames, prompt_len, seed, special_weight=1.0,
                  loss_region="whole", grow=False, semantic_asr=False, splice=0, separator=(), shares=None,
-                 lessons=()):
+                 lessons=(), time_masks=(0, 0.0)):
         """mixture: {task: weight}.  n_row: rows of the global batch.  prompt_len: voice prompt frames.
         grow: longer rows, where an example needs them, instead of an error.  splice: frames up to which
         utterances that follow each other are joined, their texts by the ids of `separator`.  shares: weight
         of each of the dataset's folders; by default each utterance is as likely as any other.  lessons:
-        (number of a folder, step), ...: until that step examples come from that folder alone."""
+        (number of a folder, step), ...: until that step examples come from that folder alone.  time_masks:
+        (number, width), see interleave.mask_time: for recognition."""
         for task in mixture:
             if task not in TASKS:
                 raise ValueError(f"unknown task {task!r} in the mixture; "
@@ -161,7 +163,8 @@ class Loader:
         self.dataset, self.vocab = dataset, dataset.vocab
         self.n_row, self.row_frames, self.prompt_len, self.seed = n_row, row_frames, prompt_len, seed
         self.weights, self.loss_region = self.vocab.weights(special_weight), loss_region
-        self.lessons, self.semantic_asr, self.separator = lessons, semantic_asr, np.array(separator, np.int64)
+        self.lessons, self.time_masks, self.semantic_asr = lessons, time_masks, semantic_asr
+        self.separator = np.array(separator, np.int64)
         self.dropped = 0            # drawn but did not fit, over the life of this loader
         self.tasks = [task for task, weight in mixture.items() if weight > 0]
         share = np.array([mixture[task] for task in self.tasks], float)
@@ -263,6 +266,9 @@ class Loader:
         text = np.concatenate([piece for part in parts for piece in (self.separator, part[1])][1:])
         entries = {"speech": speech_frames(self.vocab, codes, task == "asr" and self.semantic_asr),
                    "text": text_frames(self.vocab, text)}
+        if task == "asr" and self.time_masks[0]:
+            rng = np.random.default_rng((seed, 1))
+            entries["speech"] = mask_time(entries["speech"], *self.time_masks, rng)
         if any(segment.of == "prompt" for segment in TASKS[task][1]):
             prompt = self.dataset.draw_prompt(i, self.prompt_len, np.random.default_rng(seed), count)
             entries["prompt"] = prompt_frames(self.vocab, prompt, self.prompt_len)
@@ -305,12 +311,13 @@ def sources(config, folder):
 
 def make_loader(config, dataset, held_out=False):
     """held_out: utterances as they are, however long, the folder's own."""
-    c, splice, shares, lessons = config, 0, None, []
+    c, splice, shares, lessons, masks = config, 0, None, [], (0, 0.0)
     if not held_out:
         places, weights = sources(c, dataset.folder), c.datasets or {dataset.folder: 1.0}
+        masks = c.time_masks, c.time_mask_width
         splice, shares = c.splice_frames, [weights.get(place, 0.0) for place in places]
         ends = np.rint(np.cumsum([0.0, *c.curriculum.values()]) * c.max_steps)
         lessons = list(zip(map(places.index, c.curriculum), ends[1:]))
     separator = TextTokenizer.load(f"{dataset.folder}/text_tokenizer").separator() if splice else ()
     return Loader(dataset, c.mixture, c.batch_rows, c.row_frames, c.prompt_len, c.seed, c.special_weight,
-                  c.loss_region, held_out, c.semantic_asr, splice, separator, shares, lessons)
+                  c.loss_region, held_out, c.semantic_asr, splice, separator, shares, lessons, masks)

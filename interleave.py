@@ -134,6 +134,17 @@ def speech_frames(vocab, codes, semantic_only=False):
     return frames
 
 
+def mask_time(frames, n_mask, width, rng):
+    """SpecAugment for tokens, as the recipes do it for recognition: n_mask spans of frames (T, N), each of up
+    to a share `width` of them, become pad in all streams. Spans may meet. Returns a new tensor."""
+    frames, T = frames.clone(), len(frames)
+    for _ in range(n_mask):
+        span = int(rng.integers(int(width * T) + 1))
+        start = int(rng.integers(T - span + 1))
+        frames[start:start + span] = PAD
+    return frames
+
+
 def changes(semantic):
     """Semantic tokens (T,) -> (T,) bool: is it another than the one before? Tokens of 20 ms repeat often, and
     a text LLM reads them the better the less they do."""

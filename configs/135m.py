@@ -25,6 +25,7 @@ prompt_len = 500            # 10 s of the voice (recipe: speaker_prompt_length)
 # ---- loss
 loss_region = "whole"       # recipe, pre-training: all but pads is learned
 special_weight = 10.0       # recipe, pre-training: modality_weights; text 1, semantic 1/2, acoustic 1/16
+time_masks = 10             # recipe: SpecAugment of recognition, each of 0 to 5 % of the speech
 softmax = "original"        # recipe: stream 0 over all ids, streams 1..8 over all acoustic ids
 mixture = {"asr": 1.0, "tts": 1.0, "speech": 1.0, "text": 1.0}      # proportions: unknown, so even ones
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bench import random_dataset, real_lengths
-from data import Dataset, Loader
+from config import Config
+from data import Dataset, Loader, make_loader
 from interleave import SPECIAL, undelay
 
 MIXTURE = {"asr": 1.0, "tts": 2.0, "speech": 0.2, "text": 0.2}
@@ -67,6 +68,25 @@ def test_lengths_are_known_before_anything_is_read(tiny_data):
         for task in MIXTURE:
             for i in (0, 5, 70):
                 assert len(loader.document(task, i, 0)[0]) - 1 == loader.length(task, i)
+
+
+def test_recognition_hears_with_gaps_in_training_alone(tiny_data):
+    """SpecAugment on tokens: about ten times 2.5 % of the speech become pad, the text and lengths stay."""
+    dataset = Dataset(tiny_data, "train")
+    plain, masked = (Loader(dataset, MIXTURE, 2, 768, 20, 0, time_masks=(n, 0.05)) for n in (0, 10))
+    gone = []
+    for i in range(40):
+        (whole, *_), (gaps, *rest) = (loader.document("asr", i, i) for loader in (plain, masked))
+        differ = (whole != gaps).any(-1)
+        T = len(dataset[i][0])
+        assert (gaps[differ] == 0).all() and not differ[:3].any() and not differ[3 + T:].any()
+        gone.append(float(differ.sum()) / T)
+        assert torch.equal(gaps, masked.document("asr", i, i)[0]), "the same gaps each time, for a seed"
+        assert torch.equal(plain.document("tts", i, i)[0], masked.document("tts", i, i)[0])
+    assert 0.1 < np.mean(gone) < 0.25
+    config = Config(mixture={"asr": 1.0}, time_masks=10)
+    assert make_loader(config, dataset).time_masks == (10, 0.05)
+    assert make_loader(config, dataset, held_out=True).time_masks[0] == 0
 
 
 def test_tasks_come_in_the_mixture_that_was_asked_for(loader):
