@@ -19,12 +19,12 @@ import argparse
 import json
 import os
 import shutil
-import sys
 
 import numpy as np
 from tqdm import tqdm
 
 from data import Dataset
+from script import run_script
 from shards import SHARD_FILES, copy_folder, write_file, write_shard
 from tokenize_text import TextTokenizer
 
@@ -194,8 +194,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as problem:
-        print(f"align.py: {problem}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

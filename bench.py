@@ -45,6 +45,7 @@ from parallel import (
     prepare_for_speed,
     training_flops,
 )
+from script import run_script
 from shards import VERSION
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -352,8 +353,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, ImportError) as problem:
-        print(f"bench.py: {problem}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -14,13 +14,14 @@ import csv
 import glob
 import json
 import os
-import sys
 import zlib
 from array import array
 from copy import copy
 from itertools import chain
 
 import numpy as np
+
+from script import run_script
 
 FIELDS, SPLITS = ("id", "audio", "text", "speaker"), ("train", "seen", "unseen")
 AUDIO = (".flac", ".wav", ".opus", ".ogg", ".mp3")
@@ -303,8 +304,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as problem:
-        print(f"corpora.py: {problem}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

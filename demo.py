@@ -10,7 +10,6 @@ import argparse
 import functools
 import html
 import shutil
-import sys
 import time
 
 import gradio
@@ -20,6 +19,7 @@ import torch
 
 from explain import explain_asr, explain_tts
 from sample import Speaker, cut_text
+from script import run_script
 from tokenize_audio import SAMPLE_RATE, load_audio
 
 MAX_SECONDS, MAX_LETTERS, MAX_UPLOAD = 60, 500, "30mb"
@@ -175,8 +175,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as problem:
-        print(f"demo.py: {problem}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import os
-import sys
 import time
 
 import numpy as np
@@ -29,6 +28,7 @@ from heads import batch_loss, mean_losses, weighted_loss
 from interleave import build_sequence, speech_frames, text_frames, training_rows
 from plot import plot_comparison, plot_curves, read_run
 from sample import Speaker
+from script import run_script
 from tokenize_audio import Tokenizer, load_audio
 from wer import capped_interval, comparable, error_report, open_whisper, word_error_rate, word_errors
 
@@ -248,7 +248,7 @@ def compare(first, second, n=2000):
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", help="folder of a run, for instance out/numbers")
     parser.add_argument("--whisper", help="folder of a Whisper model in CTranslate2 form")
@@ -259,18 +259,18 @@ if __name__ == "__main__":
     parser.add_argument("--plot", nargs="+", metavar="RUN", help="other runs: only draw their curves beside")
     parser.add_argument("--quant", default="", help="int8: faster decoding on a CPU")
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
-    args = parser.parse_args()
-    try:
-        if args.plot:
-            plot_comparison([args.run, *args.plot], f"{args.run}/compare.png")
-            print(f"{args.run}/compare.png")
-            sys.exit()
-        if args.compare:
-            print(compare(args.run, args.compare))
-            sys.exit()
-        found = evaluate(args.run, args.whisper, args.data, args.quant, args.dtype, args.best, args.n)
-        print(table(found))
-        sys.exit(3 if found["not_available"] else 0)
-    except ValueError as problem:
-        print(f"eval.py: {problem}", file=sys.stderr)
-        sys.exit(2)
+    args = parser.parse_args(arguments)
+    if args.plot:
+        plot_comparison([args.run, *args.plot], f"{args.run}/compare.png")
+        print(f"{args.run}/compare.png")
+        return 0
+    if args.compare:
+        print(compare(args.run, args.compare))
+        return 0
+    found = evaluate(args.run, args.whisper, args.data, args.quant, args.dtype, args.best, args.n)
+    print(table(found))
+    return 3 if found["not_available"] else 0
+
+
+if __name__ == "__main__":
+    run_script(main)

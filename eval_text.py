@@ -17,7 +17,6 @@ import dataclasses
 import json
 import math
 import os
-import sys
 
 import torch
 from tqdm import tqdm
@@ -26,6 +25,7 @@ from checkpoint import starting_weights
 from interleave import text_frames
 from parallel import empty_model
 from sample import Speaker
+from script import run_script
 from tokenize_text import TOKENIZER_FILES, TextTokenizer, find_folder
 from wer import interval
 
@@ -170,8 +170,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (ValueError, OSError) as problem:
-        print(f"eval_text.py: {problem}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -13,7 +13,6 @@ Folder RUN/voices keeps the wavs and the wav.scp, prompt.scp, original.scp and t
 import argparse
 import json
 import os
-import sys
 
 import numpy as np
 import soundfile
@@ -24,6 +23,7 @@ from checkpoint import same_vocab
 from data import Dataset
 from eval import find_data
 from sample import Speaker
+from script import run_script
 from tokenize_audio import SAMPLE_RATE
 from wer import interval
 
@@ -163,8 +163,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except ValueError as problem:
-        print(f"eval_voice.py: {problem}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

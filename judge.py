@@ -11,7 +11,6 @@ Helper, outside the reading order:
 """
 import argparse
 import os
-import sys
 import time
 
 import numpy as np
@@ -21,6 +20,7 @@ from corpora import Manifest
 from data import Dataset
 from interleave import changes
 from prepare import read_utterance
+from script import run_script
 from tokenize_audio import SAMPLE_RATE, Tokenizer
 from wer import comparable, edit_distance, open_whisper, word_error_rate
 
@@ -134,8 +134,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except ValueError as problem:
-        print(f"judge.py: {problem}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

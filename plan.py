@@ -11,7 +11,6 @@ what would be alive at once. Fragmentation, the CUDA context and NCCL's buffers 
 import argparse
 import ctypes
 import dataclasses
-import sys
 
 import torch
 import torch.distributed as dist
@@ -22,6 +21,7 @@ from config import load_config
 from heads import LinearCrossEntropy
 from interleave import Vocab
 from parallel import meta_model, shard, training_flops, worker_mesh
+from script import run_script
 
 DOCUMENT = 512              # frames of a document, three quarters of them speech
 HOURS, FRAME_HZ = 213_000, 50                       # of speech in the paper
@@ -158,8 +158,4 @@ disk              {12 * count / 2 ** 30:.1f} GiB a checkpoint; {HOURS:,} hours o
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as problem:
-        print(f"plan.py: {problem}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

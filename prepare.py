@@ -13,7 +13,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -24,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from corpora import SPLITS, Manifest
+from script import run_script
 from shards import (
     VERSION,
     beside,
@@ -349,10 +349,10 @@ def parse_settings(arguments):
     return settings, options
 
 
+def main(arguments):
+    chosen, wishes = parse_settings(arguments)
+    print(prepare(chosen, **wishes))
+
+
 if __name__ == "__main__":
-    try:
-        chosen, wishes = parse_settings(sys.argv[1:])
-        print(prepare(chosen, **wishes))
-    except ValueError as problem:
-        print(f"prepare.py: {problem}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -28,6 +28,7 @@ from data import prompt_frames
 from decode import beam_search, generate, prepare_for_decoding, steps
 from explain import explain_asr, explain_tts
 from interleave import SPEECH, TEXT, Vocab, generation_prefix, speech_codes, speech_frames, text_frames
+from script import run_script
 from tokenize_audio import Tokenizer, load_audio
 from tokenize_text import TOKENIZER_FILES, TextTokenizer, find_folder
 from wer import comparable, edit_distance, open_whisper
@@ -285,13 +286,13 @@ def write_stream(path, pieces):
           f"the first after {first:.2f} s")
 
 
-def main():
-    if sys.argv[1:2] == ["export"]:
+def main(arguments):
+    if arguments[:1] == ["export"]:
         parser = argparse.ArgumentParser(prog="sample.py export", description=export.__doc__)
         parser.add_argument("run", help="folder of a run, of a checkpoint, or of a published OpusLM")
         parser.add_argument("folder", help="a new folder")
         parser.add_argument("--text-only", action="store_true", help="a plain LLM for `transformers`")
-        args = parser.parse_args(sys.argv[2:])
+        args = parser.parse_args(arguments[1:])
         return export(args.run, args.folder, args.text_only)
     about, examples = __doc__.split("\n")[0], __doc__.split("reading order.")[1]
     parser = argparse.ArgumentParser(description=about, epilog=examples,
@@ -314,7 +315,7 @@ def main():
     parser.add_argument("--explain", metavar="PAGE", help="asr, tts: look inside, see explain.py")
     parser.add_argument("--head", help="LAYER,HEAD whose attention that page shows (default: the best)")
     parser.add_argument("--stream", action="store_true", help="tts: write while it speaks")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     speaker = Speaker(args.run, quant=args.quant, dtype=args.dtype)
     for name in ("temperature", "acoustic_temperature", "top_k"):
         if getattr(args, name) is not None:
@@ -392,8 +393,4 @@ def speak_all(speaker, texts, prompt, args, generator):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as problem:
-        print(f"sample.py: {problem}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

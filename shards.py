@@ -18,11 +18,12 @@ import json
 import os
 import shutil
 import socket
-import sys
 import zlib
 
 import numpy as np
 from tqdm import tqdm
+
+from script import run_script
 
 VERSION = 2
 SHARD_FILES = ("json", "codes.npy", "text.npy", "index.npy")
@@ -145,16 +146,16 @@ for start, frames, first, tokens, speaker in np.load(name + ".index.npy"):
 """
 
 
+def main(arguments):
+    where = next(iter(arguments), None)
+    if not where or not is_prepared(where):
+        raise ValueError(f"{where} is not a prepared folder")
+    with open(f"{where}/dataset.json") as f:
+        splits = json.load(f)["splits"].values()
+    found = [f"{where}/{name}" for split in splits for name in split["shards"]]
+    check_shards(found, float("inf"))
+    print(f"{len(found)} shards are whole")
+
+
 if __name__ == "__main__":
-    try:
-        [where] = sys.argv[1:] or [None]
-        if not where or not is_prepared(where):
-            raise ValueError(f"{where} is not a prepared folder")
-        with open(f"{where}/dataset.json") as f:
-            splits = json.load(f)["splits"].values()
-        found = [f"{where}/{name}" for split in splits for name in split["shards"]]
-        check_shards(found, float("inf"))
-        print(f"{len(found)} shards are whole")
-    except ValueError as problem:
-        print(f"shards.py: {problem}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

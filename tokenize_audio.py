@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.numpy import load_file, save_file
 
+from script import run_script
+
 SAMPLE_RATE, HOP, WINDOW, N_MEL = 16000, 320, 1024, 80     # a hop of 20 ms: 50 frames a second
 MEL_FLOOR = 0.02        # added before the log; 1e-4 codes inaudible detail and triples the WER after decoding
 CONTEXT = 3             # semantic features see 3 frames to each side
@@ -316,18 +318,18 @@ def griffin_lim(mel, n_iter):
     return wav / max(1.0, np.abs(wav).max())
 
 
+def main(arguments):
+    if arguments and arguments[0].startswith("fit-"):
+        import fit
+        return fit.main(arguments)
+    if len(arguments) != 3:
+        sys.exit(__doc__)
+    tokenizer = Tokenizer.load(arguments[0])
+    spoken = tokenizer.encode(load_audio(arguments[1]))
+    soundfile.write(arguments[2], tokenizer.decode(spoken), SAMPLE_RATE)
+    print(f"{len(spoken)} frames; the first five:\n{spoken[:5]}")
+    return None
+
+
 if __name__ == "__main__":
-    try:
-        if sys.argv[1:] and sys.argv[1].startswith("fit-"):
-            import fit
-            fit.main(sys.argv[1:])
-        elif len(sys.argv) != 4:
-            sys.exit(__doc__)
-        else:
-            tokenizer = Tokenizer.load(sys.argv[1])
-            spoken = tokenizer.encode(load_audio(sys.argv[2]))
-            soundfile.write(sys.argv[3], tokenizer.decode(spoken), SAMPLE_RATE)
-            print(f"{len(spoken)} frames; the first five:\n{spoken[:5]}")
-    except ValueError as problem:
-        print(f"tokenize_audio.py: {problem}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)
