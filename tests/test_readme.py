@@ -58,7 +58,8 @@ def test_every_command_runs(tiny_run, tiny_data, tiny_flags, tmp_path, monkeypat
         words = in_small(command, flags)
         if words[1] not in ("-m", "train.py", "prepare.py"):        # those start processes of their own
             code, out, err = run_here(*words[1:])
-            assert code == 0, f"{command}\n{out}\n{err}"
+            absent = code == 3 and "not available: pip install" in out     # by an extra that is not installed
+            assert code == 0 or absent, f"{command}\n{out}\n{err}"
             continue
         result = subprocess.run(words, capture_output=True, text=True)
         assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
