@@ -137,7 +137,8 @@ def test_streamed_speech_is_the_speech_in_pieces(tiny_run, tiny_data, monkeypatc
     assert len(pieces) == 8 and sum(map(len, pieces)) == len(whole) * 320 == 24000
     loud = lambda wav: np.sqrt(np.square(wav[:len(wav) // 320 * 320].reshape(-1, 320)).mean(1))
     streamed, at_once = loud(np.concatenate(pieces)), loud(speaker.decode(whole))
-    assert np.corrcoef(streamed, at_once)[0, 1] > 0.9, "the same sound, frame by frame"
+    alike = {shift: np.corrcoef(np.roll(streamed, shift), at_once)[0, 1] for shift in range(-3, 4)}
+    assert max(alike, key=alike.get) == 0 and alike[0] > 0.7, "the same sound, frame by frame"
 
     def goes_on():      # a codec that needs no overlap gets every frame once
         return lambda codes: np.repeat(np.asarray(codes)[:, 1], 320)
