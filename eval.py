@@ -29,6 +29,7 @@ from interleave import build_sequence, speech_frames, text_frames, training_rows
 from plot import plot_comparison, plot_curves, read_run
 from sample import Speaker
 from script import run_script
+from shards import write_file
 from tokenize_audio import Tokenizer, load_audio
 from wer import capped_interval, comparable, error_report, open_whisper, word_error_rate, word_errors
 
@@ -170,9 +171,7 @@ def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto", best=1
     results["peak_memory_mb"] = record.get("peak_memory_mb")
     results["parameters"] = sum(p.numel() for p in speaker.model.parameters())
     for name, content in (("results", results), ("transcripts", transcripts)):
-        with open(f"{run}/{name}.json.tmp", "w") as f:
-            json.dump(content, f, indent=1)
-        os.replace(f"{run}/{name}.json.tmp", f"{run}/{name}.json")
+        write_file(f"{run}/{name}.json", json.dumps(content, indent=1))
     note_error_rates(run, speaker.state, results)
     plot_curves(run)
     return results
@@ -185,9 +184,7 @@ def note_error_rates(run, state, results):
     row = {"step": state["step"], "frames": state["frames"], **rates}
     kept = [old for old in read_run(run)[1] if old["step"] != row["step"]]
     rows = sorted([*kept, row], key=lambda row: row["step"])
-    with open(f"{run}/wer.jsonl.tmp", "w") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
-    os.replace(f"{run}/wer.jsonl.tmp", f"{run}/wer.jsonl")
+    write_file(f"{run}/wer.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def table(results):

@@ -51,7 +51,6 @@ def fit_clusters(x, n_cluster, path, n_step=300, batch=20_000, seed=0, say=print
         raise ValueError(f"{len(x)} frames are too few for {n_cluster} clusters: use more audio")
     rng, first = np.random.default_rng(seed), 0
 
-
     def pick(n):
         rows = np.sort(rng.choice(len(x), min(n, len(x)), False))
         return (torch.from_numpy(np.array(x[rows], dtype=np.float32)) - mean) / std
