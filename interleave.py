@@ -361,4 +361,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    from script import run_script
+    run_script(main)
