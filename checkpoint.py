@@ -221,7 +221,7 @@ def resume(folder, model, optimizers, rank):
 
 def same_vocab(vocab, theirs, folder):
     """The data's vocabulary as a model with the vocabulary `theirs` has it: the same sizes, its quirks."""
-    ours = dataclasses.replace(vocab, n_tail=theirs.n_tail, published=theirs.published)
+    ours = dataclasses.replace(vocab, n_tail=theirs.n_tail, published=theirs.published, delay=theirs.delay)
     if ours != theirs:
         raise ValueError(f"{folder} goes with other tokenizers than the data: {theirs} there, {vocab} here")
     return ours

@@ -44,6 +44,9 @@ class Config:
     time_mask_width: float = 0.05   # each of up to this share of it
     loss_region: str = "whole"      # whole (pre-training) or target (fine-tuning)
     special_weight: float = 1.0     # loss weight of markers, task tokens and eos (10 in the original recipes)
+    frame_weight: float = 1.0       # loss weight of a speech frame, where a text token has 1
+    semantic_share: float = 0.5     # of that, the semantic token's; the acoustic ones share the rest
+    delay: int = 1                  # frames by which each stream comes later than the one before; 0 = none
     softmax: str = "grammar"        # or original: see heads.token_losses
     # model
     init_from: str = ""             # folder or hub id of a base LLM, or of a checkpoint: see convert.py

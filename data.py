@@ -10,7 +10,7 @@ Documents never attend to each other (model.py gets their lengths), and their fi
 """
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -147,22 +147,23 @@ class Batch:
 class Loader:
     """Packed training batches of one dataset."""
 
-    def __init__(self, dataset, mixture, n_row, row_frames, prompt_len, seed, special_weight=1.0,
+    def __init__(self, dataset, mixture, n_row, row_frames, prompt_len, seed, weights=None,
                  loss_region="whole", grow=False, semantic_asr=False, splice=0, separator=(), shares=None,
                  lessons=(), time_masks=(0, 0.0)):
         """mixture: {task: weight}.  n_row: rows of the global batch.  prompt_len: voice prompt frames.
-        grow: longer rows, where an example needs them, instead of an error.  splice: frames up to which
-        utterances that follow each other are joined, their texts by the ids of `separator`.  shares: weight
-        of each of the dataset's folders; by default each utterance is as likely as any other.  lessons:
-        (number of a folder, step), ...: until that step examples come from that folder alone.  time_masks:
-        (number, width), see interleave.mask_time: for recognition."""
+        weights: (V,) loss weights, those of `Vocab.weights` by default.  grow: longer rows, where an example
+        needs them, instead of an error.  splice: frames up to which utterances that follow each other are
+        joined, their texts by the ids of `separator`.  shares: weight of each of the dataset's folders; by
+        default each utterance is as likely as any other.  lessons: (number of a folder, step), ...: until
+        that step examples come from that folder alone.  time_masks: (number, width), see
+        interleave.mask_time: for recognition."""
         for task in mixture:
             if task not in TASKS:
                 raise ValueError(f"unknown task {task!r} in the mixture; "
                                  f"interleave.py has {', '.join(TASKS)}")
         self.dataset, self.vocab = dataset, dataset.vocab
         self.n_row, self.row_frames, self.prompt_len, self.seed = n_row, row_frames, prompt_len, seed
-        self.weights, self.loss_region = self.vocab.weights(special_weight), loss_region
+        self.weights, self.loss_region = self.vocab.weights() if weights is None else weights, loss_region
         self.lessons, self.time_masks, self.semantic_asr = lessons, time_masks, semantic_asr
         self.separator = np.array(separator, np.int64)
         self.dropped = 0            # drawn but did not fit, over the life of this loader
@@ -292,7 +293,8 @@ class Loader:
         lengths = [len(document[0]) - 1 for document in documents]
         n_pad = S - sum(lengths)
         nothing = (stream0_frames(self.vocab, [0]), torch.zeros(1, dtype=torch.bool), torch.zeros(1).long())
-        parts = training_rows(documents or [nothing], self.weights)         # (S', N) x 3, (S',)
+        documents = documents or [nothing]
+        parts = training_rows(documents, self.weights, self.vocab.delay)    # (S', N) x 3, (S',)
         padded = [F.pad(part, (0, 0) * (part.ndim - 1) + (0, n_pad)) for part in parts]     # PAD is 0
         return *padded, lengths + [n_pad] * (n_pad > 0), sum(lengths)
 
@@ -301,7 +303,9 @@ class Loader:
 
 def open_data(config, folder, verify=False):
     """The training split of `folder`, and of the others of config.datasets and config.curriculum."""
-    return Dataset(folder, "train", verify, config.token_streams, sources(config, folder)[1:])
+    dataset = Dataset(folder, "train", verify, config.token_streams, sources(config, folder)[1:])
+    dataset.vocab = replace(dataset.vocab, delay=config.delay)
+    return dataset
 
 
 def sources(config, folder):
@@ -319,5 +323,6 @@ def make_loader(config, dataset, held_out=False):
         ends = np.rint(np.cumsum([0.0, *c.curriculum.values()]) * c.max_steps)
         lessons = list(zip(map(places.index, c.curriculum), ends[1:]))
     separator = TextTokenizer.load(f"{dataset.folder}/text_tokenizer").separator() if splice else ()
-    return Loader(dataset, c.mixture, c.batch_rows, c.row_frames, c.prompt_len, c.seed, c.special_weight,
+    of_loss = dataset.vocab.weights(c.special_weight, c.frame_weight, c.semantic_share)
+    return Loader(dataset, c.mixture, c.batch_rows, c.row_frames, c.prompt_len, c.seed, of_loss,
                   c.loss_region, held_out, c.semantic_asr, splice, separator, shares, lessons, masks)

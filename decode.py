@@ -192,12 +192,13 @@ def steps(model, vocab, prefixes, modality, max_frames, min_frames=1, temperatur
     for b, prefix in enumerate(prefixes):
         frames[b, :len(prefix)] = prefix
     cache = KVCache(model.config, B, longest + max_frames + N, device, model.dtype)
-    hidden = model.extend(delay(frames)[:, :longest], cache, torch.zeros_like(known))       # (B, longest, D)
+    delayed = delay(frames, vocab.delay)[:, :longest]                                       # (B, longest, N)
+    hidden = model.extend(delayed, cache, torch.zeros_like(known))                          # (B, longest, D)
     rows, streams = torch.arange(B, device=device), torch.arange(N, device=device)
     hidden = hidden[rows, known - 1]                                                        # (B, D)
 
     starts = vocab.starts.to(device)
-    drain = N - 1 if modality == SPEECH else 0
+    drain = vocab.delay * (N - 1) if modality == SPEECH else 0
     eos = known + limit                                                                     # where eos stands
     for count in range(max_frames + drain):
         t = known + count                                                   # (B,) the row to predict
@@ -208,7 +209,7 @@ def steps(model, vocab, prefixes, modality, max_frames, min_frames=1, temperatur
         if acoustic is not None:
             row[:, 1:] = pick(acoustic, acoustic_temperature, top_k, generator) + starts[1:]
         eos = torch.where((row[:, 0] == EOS) & (t < eos), t, eos)
-        frame = t[:, None] - streams                                                        # (B, N)
+        frame = t[:, None] - vocab.delay * streams                                          # (B, N)
         given = frame < known[:, None]
         row = torch.where(given, frames[rows[:, None], frame, streams], row)
         row = torch.where((frame >= eos[:, None]) & ~given, PAD, row)
@@ -239,7 +240,7 @@ def beam_search(model, vocab, prefix, modality, max_frames, beam=4):
     frames[0, :known] = prefix
     cache = KVCache(model.config, 1, frames.shape[1], device, model.dtype)
     start = torch.zeros(1, dtype=torch.long, device=device)
-    hidden = model.extend(delay(frames)[:, :known], cache, start)[:, -1]                    # (1, D)
+    hidden = model.extend(delay(frames, vocab.delay)[:, :known], cache, start)[:, -1]       # (1, D)
     total, finished = torch.zeros(1, device=device), []
     for count in range(max_frames):
         scores = heads(hidden)[0].log_softmax(-1) + total[:, None]                          # (beams, V)

@@ -25,7 +25,7 @@ import prepare
 from checkpoint import same_vocab
 from data import Dataset, Loader
 from heads import batch_loss, mean_losses, weighted_loss
-from interleave import build_sequence, speech_frames, text_frames, training_rows
+from interleave import speech_frames, text_frames, training_example
 from plot import plot_comparison, plot_curves, read_run
 from sample import Speaker
 from script import run_script
@@ -116,7 +116,7 @@ def listening(speaker, dataset, n=40):
             codes = dataset[(i + shift) % n][0]
             entries = {"speech": speech_frames(vocab, codes, speaker.config.semantic_asr),
                        "text": text_frames(vocab, dataset[i][1])}
-            rows = training_rows([build_sequence(vocab, "asr", entries, "target")], vocab.weights())
+            rows = training_example(vocab, "asr", entries, vocab.weights(), "target")
             tokens, targets, weight, modality = rows
             hidden = speaker.model(tokens, [len(tokens)])
             losses = weighted_loss(speaker.model, hidden, targets, weight, modality, scope)[1]

@@ -96,7 +96,7 @@ def look(speaker, task, entries, head=None):
     """
     vocab, N = speaker.vocab, speaker.vocab.n_stream
     document = build_sequence(vocab, task, entries, "target")
-    tokens, targets, weight, modality = training_rows([document], vocab.weights())
+    tokens, targets, weight, modality = training_rows([document], vocab.weights(), vocab.delay)
     aligned = document[0]                                                       # (T, N)
     kind = aligned[:, 0]
     first = len(aligned) - N - len(entries["speech"]) if task == "tts" else 3   # of the speech itself
@@ -109,13 +109,13 @@ def look(speaker, task, entries, head=None):
         c = speaker.model.config
         raise ValueError(f"there is no head {head}: this model has {c.n_layer} layers of {c.n_head} heads")
     nothing = torch.full((1, N), torch.nan)
-    back = lambda x: undelay_values(torch.cat([nothing, x]))                    # (T, N)
+    back = lambda x: undelay_values(torch.cat([nothing, x]), vocab.delay)       # (T, N)
     return aligned, back(probability), back(entropy), speech, text, alignment
 
 
-def undelay_values(values):
+def undelay_values(values, by):
     """`undelay` of real numbers (T, N), NaN where nothing is."""
-    moved = undelay(torch.nan_to_num(values, nan=-1.0) + 1)                     # pad is 0 there
+    moved = undelay(torch.nan_to_num(values, nan=-1.0) + 1, by)                 # pad is 0 there
     return torch.where(moved > 0, moved - 1, torch.nan)
 
 

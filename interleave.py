@@ -49,6 +49,7 @@ class Vocab:
     n_text: int         # rows of the text tokenizer (49152 for SmolLM2)
     n_tail: int = 0     # rows behind the text that nothing uses (70 in the published checkpoints)
     published: bool = False     # as in the published checkpoints: semantic cluster 0 is pad
+    delay: int = 1      # frames by which each stream comes later than the one before; 0: an ablation
 
     @cached_property
     def streams(self):
@@ -98,10 +99,11 @@ class Vocab:
             return replace(self, n_level=0), slice(0, first)
         return replace(self, n_semantic=0), slice(first, self.n_stream)
 
-    def weights(self, special_weight=1.0):
+    def weights(self, special_weight=1.0, frame_weight=1.0, semantic_share=0.5):
         """(V,) loss weight of each id as a target, so that a speech frame counts as much as one text token.
 
         text 1, semantic 1/2, acoustic 1/(2(N-1)): the frame sums to 1. A half alone shares the 1 evenly.
+        For ablations: frame_weight instead of that 1, and what share of it the semantic token has.
         NOTE(paper): one reading of the paper has 1/(N-1) for acoustic codes; every published recipe has
         0.0625 = 1/(2(N-1)). Those recipes weigh specials 10 in pre-training; we default to 1.
         """
@@ -110,7 +112,8 @@ class Vocab:
         weight[slice(*self.text)] = 1.0
         both = self.n_semantic > 0 and self.n_level > 0
         for n, (start, end) in enumerate(self.streams):
-            weight[start:end] = (0.5 if n == 0 else 0.5 / self.n_level) if both else 1.0 / self.n_stream
+            own = semantic_share if n == 0 else (1 - semantic_share) / max(self.n_level, 1)
+            weight[start:end] = frame_weight * (own if both else 1 / self.n_stream)
         return weight                                                       # pad keeps 0: it never has a loss
 
 
@@ -257,7 +260,7 @@ def generation_prefix(vocab, task, entries):
 
 # ---- delay -------------------------------------------------------------------------------------------------
 
-def delay(tokens):
+def delay(tokens, by=1):
     """Shift stream n down by n rows, so that acoustic level n is predicted n steps after its semantic token.
 
     (..., T, N) -> (..., T, N), with N=3 and `t n` the token of frame t in stream n:
@@ -269,40 +272,42 @@ def delay(tokens):
 
     All N predictions of a step are made in parallel, yet the code of level n sees levels < n of its frame.
     What would fall off the end must be pad: the caller leaves N-1 pad frames (build_sequence does).
+    by: 0 leaves all as it is, to see what the delay is good for.
     NOTE(espnet): its delay cuts those rows silently and returns nothing for N = 1.
     """
     T, N = tokens.shape[-2:]
     delayed = torch.full_like(tokens, PAD)
     for n in range(N):
-        keep = max(T - n, 0)
+        keep = max(T - n * by, 0)
         if (tokens[..., keep:, n] != PAD).any():
             raise ValueError(f"delay would lose tokens of stream {n}: "
                              f"end the sequence with {N - 1} pad frames")
-        delayed[..., n:, n] = tokens[..., :keep, n]
+        delayed[..., n * by:, n] = tokens[..., :keep, n]
     return delayed                                                          # (..., T, N)
 
 
-def undelay(delayed):
+def undelay(delayed, by=1):
     """The inverse of `delay`: (..., T, N) -> (..., T, N), the last N-1 rows padded again."""
     T, N = delayed.shape[-2:]
     tokens = torch.full_like(delayed, PAD)
     for n in range(N):
-        tokens[..., :max(T - n, 0), n] = delayed[..., n:, n]
+        tokens[..., :max(T - n * by, 0), n] = delayed[..., n * by:, n]
     return tokens                                                           # (..., T, N)
 
 
 # ---- targets and weights -----------------------------------------------------------------------------------
 
-def training_rows(documents, weights):
+def training_rows(documents, weights, by=1):
     """Aligned documents of `build_sequence`, one after another -> what the model reads and must predict.
 
-    weights: (V,) of `Vocab.weights`. Returns inputs (S, N), targets (S, N), weight (S, N) float and modality
-    (S,), that of the segment the stream-0 target belongs to; each document takes one row fewer than it has,
-    since its first row is never a target and its last never read. One delay serves all: its shift dies out in
-    the P frames at the end of a document.
+    weights: (V,) of `Vocab.weights`.  by: `Vocab.delay`. Returns inputs (S, N), targets (S, N), weight (S, N)
+    float and modality (S,), that of the segment the stream-0 target belongs to; each document takes one row
+    fewer than it has, since its first row is never a target and its last never read. One delay serves all:
+    its shift dies out in the P frames at the end of a document.
     """
     tokens, learn, modality = (torch.cat(part) for part in zip(*documents))
-    delayed, weight = delay(tokens), delay(weights.take(tokens) * learn[:, None])   # the loss moves along
+    delayed = delay(tokens, by)
+    weight = delay(weights.take(tokens) * learn[:, None], by)               # the loss moves along
     ends = torch.tensor([len(document[0]) for document in documents]).cumsum(0)
     last = torch.zeros(len(tokens), dtype=torch.bool)
     last[ends - 1] = True
@@ -314,7 +319,7 @@ def training_rows(documents, weights):
 
 def training_example(vocab, task, entries, weights, loss_region="whole"):
     """`training_rows` of one document: inputs, targets and weight (T-1, N), modality (T-1,)."""
-    return training_rows([build_sequence(vocab, task, entries, loss_region)], weights)
+    return training_rows([build_sequence(vocab, task, entries, loss_region)], weights, vocab.delay)
 
 
 PAINT = {"pad": 90, "special": 33, "text": 32, "semantic": 36, "acoustic": 35}      # colours of a terminal

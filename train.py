@@ -100,6 +100,11 @@ def check(config, dataset, world, going_on=False):
     if min(config.curriculum.values(), default=1) <= 0 or sum(config.curriculum.values()) > 1:
         raise ValueError(f"curriculum={config.curriculum}: shares of the steps are above 0, and 1 in all at "
                          "most")
+    if config.delay not in (0, 1):
+        raise ValueError(f"delay is 1, or 0 for none, not {config.delay}")
+    if config.delay != dataset.vocab.delay:
+        raise ValueError(f"delay={config.delay}, but {going_on or config.init_from} learned with "
+                         f"{dataset.vocab.delay}")
     if config.new_rows != 1 and config.shard != 1 and world > 1:
         raise ValueError("new_rows needs whole copies of the model on each worker: --shard=1")
     compute_dtype(config.dtype, torch.device("cpu"))

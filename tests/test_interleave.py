@@ -38,6 +38,11 @@ def test_the_delay_of_the_picture():
     assert delay(tokens).tolist() == [[11, 0, 0], [21, 12, 0], [0, 22, 13], [0, 0, 23]]
 
 
+def test_without_a_delay_a_frame_is_one_row():
+    tokens = torch.randint(1, 9, (6, 3), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(delay(tokens, 0), tokens) and torch.equal(undelay(tokens, 0), tokens)
+
+
 def test_delay_refuses_to_lose_a_token():
     with pytest.raises(ValueError, match="end the sequence with 2 pad frames"):
         delay(torch.ones(4, 3, dtype=torch.long))
@@ -60,6 +65,13 @@ def test_a_speech_frame_weighs_as_much_as_one_text_token(sizes):
     assert weights[PAD] == 0 and weights[EOS] == 10
     if sizes == (10, 8, 8):
         assert weights[frame[0, 0]] == 0.5 and weights[frame[0, 1]] == 0.0625
+
+
+def test_the_weights_of_a_frame_can_be_others_for_an_ablation(toy):
+    """Every token alike, 9 to a frame, is what the paper's weights are against; text stays 1."""
+    weights = toy.weights(frame_weight=9, semantic_share=1 / 9)
+    frame = speech_frames(toy, torch.zeros(1, 9, dtype=torch.long))
+    assert weights[frame].flatten().tolist() == pytest.approx([1.0] * 9) and weights[toy.text_start] == 1
 
 
 def marks(vocab, tokens):

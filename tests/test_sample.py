@@ -1,5 +1,6 @@
 """Claim: decoding emits only what each stream may say, keeps the delay, and answers from the command line."""
 import copy
+import dataclasses
 import io
 import json
 import os
@@ -42,19 +43,21 @@ def test_each_stream_only_says_its_own_ids(toy, toy_example, model):
     assert EOS not in drawn
 
 
-def test_greedy_decoding_is_the_argmax_of_the_full_forward(toy, toy_example, model):
-    """We decode, then feed the whole delayed sequence at once: every token must be the best of its mask."""
-    nothing = {"speech": toy_example()["speech"][:0]}
+@pytest.mark.parametrize("by", [1, 0])
+def test_greedy_decoding_is_the_argmax_of_the_full_forward(by, toy, toy_example, model):
+    """We decode, then feed the whole delayed sequence at once: every token must be the best of its mask.
+    Without a delay too, where a frame's tokens all come at once."""
+    toy, nothing = dataclasses.replace(toy, delay=by), {"speech": toy_example()["speech"][:0]}
     prefixes = [generation_prefix(toy, "tts", toy_example(4, n, seed=n) | nothing) for n in (2, 5)]
     for prefix, (frames, _) in zip(prefixes, generate(model, toy, prefixes, SPEECH, 12, 12)):
         assert len(frames) == 12
         tail = torch.full((8, 9), PAD)
         tail[0, 0] = EOS
-        delayed = delay(torch.cat([prefix, frames, tail]))
+        delayed = delay(torch.cat([prefix, frames, tail]), by)
         hidden = model(delayed, [len(delayed)])
         for t in range(len(frames)):
             for n, (start, end) in enumerate(toy.streams):
-                row = len(prefix) + t + n - 1                       # predicts the delayed row of this token
+                row = len(prefix) + t + by * n - 1                  # predicts the delayed row of this token
                 logits = stream_logits(model, hidden[row], n, slice(start, end))
                 assert frames[t, n] == start + logits.argmax()
 

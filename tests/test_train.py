@@ -176,3 +176,15 @@ def test_the_main_command_in_small(tmp_path, tiny_data, tiny_flags):
     for flag, message in (("--max_steps=20", "add --resume"), (f"--out_dir={out}2", "unknown task 'sing'")):
         code, _, complaint = run_here(*command[1:], flag, "--mixture={'sing': 1}")
         assert code == 2 and message in complaint
+
+
+def test_a_model_keeps_its_delay(tiny_data, tiny_flags, tmp_path):
+    """What learned without a delay is read without one, and not trained on with one."""
+    out = str(tmp_path / "run")
+    run(tiny_data, tiny_flags, out, "--delay=0", "--max_steps=1")
+    _, config, vocab, _ = load_model(out)
+    assert config.delay == vocab.delay == 0
+    with pytest.raises(ValueError, match="delay=1, but .* learned with 0"):
+        run(tiny_data, tiny_flags, str(tmp_path / "other"), f"--init_from={out}")
+    with pytest.raises(ValueError, match="1, or 0 for none"):
+        run(tiny_data, tiny_flags, str(tmp_path / "third"), "--delay=2")
