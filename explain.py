@@ -18,6 +18,7 @@ import torch
 from data import prompt_frames
 from heads import stream_logits
 from interleave import N_SPECIAL, TEXT, build_sequence, speech_frames, training_rows, undelay
+from plot import in_grey
 from tokenize_audio import SAMPLE_RATE, Tokenizer
 
 STYLE = """
@@ -131,8 +132,8 @@ def picture(task, wav, names, seen, text, frame_s):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    aligned, probability, entropy, speech, places, alignment = seen
-    grey, n_row = "#888888", 4 if task == "tts" else 2
+    _, probability, entropy, speech, _, alignment = seen
+    n_row = 4 if task == "tts" else 2
     heights = [3, 2, 2, 3] if task == "tts" else [3, 4]
     figure, axes = plt.subplots(n_row, 1, figsize=(12, 2.4 * n_row), height_ratios=heights, sharex=True,
                                 layout="constrained")
@@ -155,10 +156,8 @@ def picture(task, wav, names, seen, text, frame_s):
                     extent=(0, seconds, len(where) - 0.5, -0.5))
     axes[-1].set(yticks=range(len(text)), yticklabels=text, xlabel="seconds",
                  title=f"attention between text and speech, layer {alignment.layer}, head {alignment.head}")
-    for axis in axes:                                   # readable on light and on dark pages
-        axis.tick_params(colors=grey, labelsize=8)
-        for part in (axis.title, axis.xaxis.label, axis.yaxis.label):
-            part.set_color(grey)
+    for axis in axes:
+        in_grey(axis)
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110, transparent=True)
     plt.close(figure)

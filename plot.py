@@ -43,15 +43,20 @@ def canvas(heights):
                         height_ratios=heights, layout="constrained")
 
 
+def in_grey(axis):
+    """Labels that can be read on light and on dark pages."""
+    axis.tick_params(colors="#888888", labelsize=8)
+    for part in (axis.xaxis.label, axis.yaxis.label, axis.title):
+        part.set_color("#888888")
+
+
 def finish(figure, axes, path):
-    """Grey labels on a clear ground, for light and dark pages."""
+    """Write a figure whose ground is clear."""
     import matplotlib.pyplot as plt
     for axis in axes[:, 0]:
         axis.grid(alpha=0.25)
-        axis.tick_params(colors="#888888")
         axis.patch.set_alpha(0)
-        for part in (axis.xaxis.label, axis.yaxis.label, axis.title):
-            part.set_color("#888888")
+        in_grey(axis)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8, ncol=2, framealpha=0.3, labelcolor="#888888")
     figure.patch.set_alpha(0)

@@ -1,4 +1,4 @@
-"""Draw the pictures of README.md from a real utterance: python docs/draw.py data/numbers-...
+"""Draw the pictures of README.md from a real utterance: python docs/draw.py data/numbers-... [a.svg]
 
 One recognition and one synthesis example as the model gets them, delayed: which kind of token stands where,
 and how much each counts in the loss. Grey on clear ground, to be read on light and on dark pages.
@@ -41,7 +41,7 @@ def paint(axis, image, title, names, **style):
         spine.set_visible(False)
 
 
-def main(folder):
+def main(folder, path=f"{HERE}/sequences.svg"):
     dataset = Dataset(folder, "train")
     vocab, names = dataset.vocab, ["text, semantic", *dataset.vocab.stream_names[1:]]
     lengths = np.where(dataset.index[:, 3] >= 3, dataset.index[:, 1], 9999)
@@ -63,9 +63,9 @@ def main(folder):
         paint(axes[2 * row + 1], np.ma.masked_equal(weight, 0), title, names, cmap="viridis", vmin=0, vmax=1)
     handles = [Patch(color=colour, label=name) for name, colour in KINDS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncol=5, labelcolor=GREY, frameon=False)
-    figure.savefig(f"{HERE}/sequences.svg", transparent=True)
-    print(f"{HERE}/sequences.svg")
+    figure.savefig(path, format="svg", transparent=True)
+    print(path)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

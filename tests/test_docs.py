@@ -3,7 +3,7 @@ import re
 import shutil
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_here
 
 from data import Dataset
 
@@ -29,3 +29,13 @@ def test_links_lead_somewhere():
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_picture_is_drawn_from_the_data(tiny_data, tmp_path):
+    """Both tasks, with the words of one real utterance, which matplotlib notes beside its glyphs."""
+    code, out, err = run_here(ROOT / "docs/draw.py", tiny_data, tmp_path / "sequences.svg")
+    assert code == 0 and out.strip() == str(tmp_path / "sequences.svg"), err
+    drawn = (tmp_path / "sequences.svg").read_text()
+    said = {task: re.search(f'{task}, "(.+)": tokens', drawn)[1] for task in ("recognition", "synthesis")}
+    assert said["recognition"] == said["synthesis"]
+    assert said["recognition"] in Dataset(tiny_data, "train").info["text"]
