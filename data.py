@@ -112,6 +112,11 @@ class Dataset:
         codes, text = codes[frame:frame + n_frame, self.columns], text[token:token + n_token]
         return codes.astype(np.int64), text.astype(np.int64), speaker
 
+    def of_speaker(self, i):
+        """(M,) the utterances with speech of i's speaker, in order."""
+        speaker = self.index[i, 4]
+        return self.by_speaker[slice(*np.searchsorted(self.speakers, [speaker, speaker + 1]))]
+
     def draw_prompt(self, i, n_frame, rng, count=1):
         """Codes of a random other utterance of i's speaker, at most n_frame of them, from a random place; not
         one of the `count` that begin with i.
@@ -119,8 +124,7 @@ class Dataset:
         One draw among the others, never a search that could go on for ever; a speaker who has no other
         prompts itself.
         """
-        speaker = self.index[i, 4]
-        group = self.by_speaker[slice(*np.searchsorted(self.speakers, [speaker, speaker + 1]))]
+        group = self.of_speaker(i)
         if len(group) > count:
             j = int(rng.integers(len(group) - count))
             i = int(group[j + count * (j >= np.searchsorted(group, i))])        # skip over i itself
@@ -148,15 +152,15 @@ class Loader:
     """Packed training batches of one dataset."""
 
     def __init__(self, dataset, mixture, n_row, row_frames, prompt_len, seed, weights=None,
-                 loss_region="whole", grow=False, semantic_asr=False, splice=0, separator=(), shares=None,
-                 lessons=(), time_masks=(0, 0.0)):
+                 loss_region="whole", grow=False, semantic_asr=False, splice=0, recombine=0, tokenizer=None,
+                 shares=None, lessons=(), time_masks=(0, 0.0)):
         """mixture: {task: weight}.  n_row: rows of the global batch.  prompt_len: voice prompt frames.
         weights: (V,) loss weights, those of `Vocab.weights` by default.  grow: longer rows, where an example
         needs them, instead of an error.  splice: frames up to which utterances that follow each other are
-        joined, their texts by the ids of `separator`.  shares: weight of each of the dataset's folders; by
-        default each utterance is as likely as any other.  lessons: (number of a folder, step), ...: until
-        that step examples come from that folder alone.  time_masks: (number, width), see
-        interleave.mask_time: for recognition."""
+        joined; recombine: the same of random ones of a speaker, for recognition. Both need the texts'
+        `tokenizer`.  shares: weight of each of the dataset's folders; by default each utterance is as likely
+        as any other.  lessons: (number of a folder, step), ...: until that step examples come from that
+        folder alone.  time_masks: (number, width), see interleave.mask_time: for recognition."""
         for task in mixture:
             if task not in TASKS:
                 raise ValueError(f"unknown task {task!r} in the mixture; "
@@ -165,7 +169,8 @@ class Loader:
         self.n_row, self.row_frames, self.prompt_len, self.seed = n_row, row_frames, prompt_len, seed
         self.weights, self.loss_region = self.vocab.weights() if weights is None else weights, loss_region
         self.lessons, self.time_masks, self.semantic_asr = lessons, time_masks, semantic_asr
-        self.separator = np.array(separator, np.int64)
+        self.recombine, self.tokenizer = recombine, tokenizer
+        self.border = len(tokenizer.separator()) if tokenizer else 0    # text tokens between joined texts
         self.dropped = 0            # drawn but did not fit, over the life of this loader
         self.tasks = [task for task, weight in mixture.items() if weight > 0]
         share = np.array([mixture[task] for task in self.tasks], float)
@@ -206,7 +211,9 @@ class Loader:
         if not all(len(folders[place]) for place, _ in self.lessons):
             raise ValueError(f"a folder of the curriculum has no utterances for {task!r}")
         self.pool[task], self.folder_share[task] = folders, np.cumsum(weight / weight.sum())
-        lengths = self.length(task, able, self.most(task, able))
+        frames, most = self.heard if task == "asr" else self.frames, self.most(task, able)
+        lengths = self.size(task, frames[able + most] - frames[able],
+                            self.tokens[able + most] - self.tokens[able] + (most - 1) * self.border)
         longest = int(lengths.max())
         if longest > self.row_frames and not grow:
             name = self.dataset.info["id"][able[lengths.argmax()]]
@@ -214,21 +221,35 @@ class Loader:
                              f"{self.row_frames}: raise row_frames or lower max_audio_s")
         self.row_frames = max(self.row_frames, longest)
 
-    def length(self, task, i, count=1):
-        """Frames that an example takes in a row, one fewer than its sequence has: a task, an utterance (or an
-        array of them), and how many are joined, beginning with it."""
-        frames = self.heard if task == "asr" else self.frames
-        lengths = {"speech": frames[i + count] - frames[i], "prompt": self.prompt_len,
-                   "text": self.tokens[i + count] - self.tokens[i] + (count - 1) * len(self.separator)}
+    def size(self, task, speech, text):
+        """Frames that an example takes in a row, one fewer than its sequence has: of numbers or arrays."""
+        lengths = {"speech": speech, "prompt": self.prompt_len, "text": text}
         return task_length(self.vocab, task, lengths) - 1
+
+    def length(self, task, members):
+        """The same, at most, of utterances [number] that are joined."""
+        i, frames = np.array(members), self.heard if task == "asr" else self.frames
+        text = (self.tokens[i + 1] - self.tokens[i]).sum() + (len(i) - 1) * self.border
+        return int(self.size(task, (frames[i + 1] - frames[i]).sum(), text))
 
     def most(self, task, i):
         """With how many utterances an example at i, or an array of them, can begin: text is not joined."""
         return self.joinable[i] if task != "text" else np.ones_like(self.joinable[i])
 
-    def count(self, task, i, seed):
-        """How many utterances the example (task, i, seed) joins: from one to as many as can be."""
-        return 1 + seed % int(self.most(task, i))
+    def members(self, task, i, seed):
+        """Utterances [number] that the example (task, i, seed) joins: i and, from none to as many as can be,
+        those after it; to recombine, as many others of its speaker as there is room for."""
+        if task != "asr" or not self.recombine:
+            return list(range(i, i + 1 + seed % int(self.most(task, i))))
+        rng, group, found = np.random.default_rng((seed, 2)), self.dataset.of_speaker(i), [i]
+        room = self.recombine - (self.heard[i + 1] - self.heard[i])
+        while len(group) > 1:
+            i = int(group[rng.integers(len(group))])
+            room -= self.heard[i + 1] - self.heard[i]
+            if room < 0 or self.tokens[i + 1] == self.tokens[i]:            # full, or one without a text
+                break
+            found.append(i)
+        return found
 
     def plan(self, step):
         """The global batch of a step: n_row lists of (task, utterance, its own seed). Pure in (seed, step).
@@ -244,7 +265,7 @@ class Loader:
             k = np.searchsorted(share[:-1], rng.random(), side="right") if len(pools) > 1 else 0
             pool = pools[k if lesson is None else lesson]
             i, seed = int(pool[rng.integers(len(pool))]), int(rng.integers(2 ** 31))
-            length = int(self.length(task, i, self.count(task, i, seed)))
+            length = self.length(task, self.members(task, i, seed))
             total += length
             if total > capacity:
                 break
@@ -261,19 +282,28 @@ class Loader:
 
     def document(self, task, i, seed):
         """-> aligned tokens (T, N), learn (T,), modality (T,)."""
-        count = self.count(task, i, seed)
-        parts = [self.dataset[k] for k in range(i, i + count)]
+        members = self.members(task, i, seed)
+        parts = [self.dataset[k] for k in members]
         codes = np.concatenate([part[0] for part in parts])                 # (T', N)
-        text = np.concatenate([piece for part in parts for piece in (self.separator, part[1])][1:])
+        text = self.join([part[1] for part in parts])
         entries = {"speech": speech_frames(self.vocab, codes, task == "asr" and self.semantic_asr),
                    "text": text_frames(self.vocab, text)}
         if task == "asr" and self.time_masks[0]:
             rng = np.random.default_rng((seed, 1))
             entries["speech"] = mask_time(entries["speech"], *self.time_masks, rng)
         if any(segment.of == "prompt" for segment in TASKS[task][1]):
-            prompt = self.dataset.draw_prompt(i, self.prompt_len, np.random.default_rng(seed), count)
+            prompt = self.dataset.draw_prompt(i, self.prompt_len, np.random.default_rng(seed), len(members))
             entries["prompt"] = prompt_frames(self.vocab, prompt, self.prompt_len)
         return build_sequence(self.vocab, task, entries, self.loss_region)
+
+    def join(self, texts):
+        """Texts (M_k,) -> (M,), in the tokens that they have as one text, and with no more than planned."""
+        if len(texts) == 1:
+            return texts[0]
+        whole = self.tokenizer.encode(" ".join(self.tokenizer.decode(text) for text in texts))
+        if len(whole) <= sum(map(len, texts)) + (len(texts) - 1) * self.border:
+            return np.array(whole)
+        return np.concatenate([part for text in texts for part in (self.tokenizer.separator(), text)][1:])
 
     def batch(self, step, rows=None):
         """The Batch of a step, or only some of its rows (a rank's share): R = len(rows).
@@ -315,14 +345,14 @@ def sources(config, folder):
 
 def make_loader(config, dataset, held_out=False):
     """held_out: utterances as they are, however long, the folder's own."""
-    c, splice, shares, lessons, masks = config, 0, None, [], (0, 0.0)
+    c, joins, shares, lessons, masks = config, (0, 0), None, [], (0, 0.0)
     if not held_out:
         places, weights = sources(c, dataset.folder), c.datasets or {dataset.folder: 1.0}
         masks = c.time_masks, c.time_mask_width
-        splice, shares = c.splice_frames, [weights.get(place, 0.0) for place in places]
+        joins, shares = (c.splice_frames, c.recombine_frames), [weights.get(place, 0.0) for place in places]
         ends = np.rint(np.cumsum([0.0, *c.curriculum.values()]) * c.max_steps)
         lessons = list(zip(map(places.index, c.curriculum), ends[1:]))
-    separator = TextTokenizer.load(f"{dataset.folder}/text_tokenizer").separator() if splice else ()
+    tokenizer = TextTokenizer.load(f"{dataset.folder}/text_tokenizer") if any(joins) else None
     of_loss = dataset.vocab.weights(c.special_weight, c.frame_weight, c.semantic_share)
     return Loader(dataset, c.mixture, c.batch_rows, c.row_frames, c.prompt_len, c.seed, of_loss,
-                  c.loss_region, held_out, c.semantic_asr, splice, separator, shares, lessons, masks)
+                  c.loss_region, held_out, c.semantic_asr, *joins, tokenizer, shares, lessons, masks)

@@ -34,21 +34,29 @@ SHOTS, WINDOW, BATCH = 5, 1024, 2048        # examples before an MMLU question; 
 
 @torch.no_grad()
 def log_probabilities(model, vocab, documents):
-    """[(ids, n)] -> [(n,)] log probabilities of the last n ids of each document, given what is before."""
-    order, results = sorted(range(len(documents)), key=lambda k: len(documents[k][0])), {}
+    """[(ids, n)] -> [(n,)] log probabilities of the last n ids of each document, given what is before.
+
+    Documents that differ in their last id alone, as the letters after an MMLU question do, are read once.
+    """
+    same, results = {}, {}
+    for k, (ids, _) in enumerate(documents):
+        same.setdefault(tuple(ids[:-1]), []).append(k)
+    order = sorted(same, key=len)
     table = model.lm_head[slice(*vocab.text)]
     with tqdm(total=len(order), desc="reading", mininterval=2, disable=len(order) < 50) as bar:
         while order:
             group, size = [], 0
-            while order and (not group or size + len(documents[order[-1]][0]) <= BATCH):
+            while order and (not group or size + len(order[-1]) <= BATCH):
                 group.append(order.pop())
-                size += len(documents[group[-1]][0])
-            frames = [text_frames(vocab, documents[k][0]) for k in group]
-            hidden = model(torch.cat(frames), [len(frame) for frame in frames])             # (S, D)
-            for k, part in zip(group, hidden.split([len(frame) for frame in frames])):
-                ids, n = documents[k]
-                scores = (part[-n - 1:-1] @ table.T.to(part.dtype)).float().log_softmax(1)  # (n, n_text)
-                results[k] = scores.gather(1, torch.tensor(ids[-n:])[:, None])[:, 0]        # (n,)
+                size += len(group[-1])
+            lengths = [len(read) for read in group]
+            hidden = model(torch.cat([text_frames(vocab, read) for read in group]), lengths)    # (S, D)
+            for read, part in zip(group, hidden.split(lengths)):
+                most = max(documents[k][1] for k in same[read])
+                scores = (part[-most:] @ table.T.to(part.dtype)).float().log_softmax(1)     # (most, n_text)
+                for k in same[read]:
+                    ids, n = documents[k]
+                    results[k] = scores[-n:].gather(1, torch.tensor(ids[-n:])[:, None])[:, 0]   # (n,)
             bar.update(len(group))
     return [results[k] for k in range(len(documents))]
 
@@ -85,10 +93,10 @@ def ask(row, shots):
     return context, [f" {letter}" for letter in letters]
 
 
-def multiple_choice(model, vocab, tokenizer, rows, shots=()):
-    """-> {"acc": (share, low, high), "acc_norm": ..., "n"}; low to high: the 95 % interval of a bootstrap."""
-    documents, owner, answers = [], [], []
-    for k, row in enumerate(rows):
+def choice_scores(model, vocab, tokenizer, rows, shots=()):
+    """Log probability of each choice of each question, whole questions as they are -> [[float]]."""
+    documents, counts = [], []
+    for row in rows:
         context, choices = ask(row, shots)
         ids = tokenizer.encode(context)
         for choice in choices:
@@ -96,14 +104,17 @@ def multiple_choice(model, vocab, tokenizer, rows, shots=()):
             n = len(whole) - len(ids)
             if whole[:len(ids)] != ids or n < 1:        # the border fell inside a token
                 whole, n = ids + tokenizer.encode(choice), len(tokenizer.encode(choice))
-            documents.append((whole[-WINDOW:], min(n, WINDOW - 1)))
-            owner.append(k)
-            answers.append(len(choice.strip().encode()))
-    found = [float(part.sum()) for part in log_probabilities(model, vocab, documents)]
+            documents.append((whole, n))
+        counts.append(len(choices))
+    found = iter(log_probabilities(model, vocab, documents))
+    return [[float(next(found).sum()) for _ in range(count)] for count in counts]
+
+
+def multiple_choice(model, vocab, tokenizer, rows, shots=()):
+    """-> {"acc": (share, low, high), "acc_norm": ..., "n"}; low to high: the 95 % interval of a bootstrap."""
     right, right_norm = [], []
-    for k, row in enumerate(rows):
-        mine = [j for j in range(len(owner)) if owner[j] == k]
-        plain, by_byte = [found[j] for j in mine], [found[j] / answers[j] for j in mine]
+    for row, plain in zip(rows, choice_scores(model, vocab, tokenizer, rows, shots)):
+        by_byte = [score / len(choice.strip().encode()) for score, choice in zip(plain, ask(row, ())[1])]
         right.append(float(plain.index(max(plain)) == row["gold"]))
         right_norm.append(float(by_byte.index(max(by_byte)) == row["gold"]))
     return {"acc": interval(right), "acc_norm": interval(right_norm), "n": len(rows)}

@@ -57,14 +57,14 @@ def test_utterances_that_follow_each_other_are_joined(tiny_data):
     dataset.by_speaker, dataset.speakers = np.arange(len(dataset)), dataset.index[:, 4]
     tokenizer = TextTokenizer.load(f"{tiny_data}/text_tokenizer")
     loader = Loader(dataset, {"asr": 1, "tts": 1}, 2, 1024, 20, 0, splice=250,
-                    separator=tokenizer.separator())
+                    tokenizer=tokenizer)
     assert 7 > loader.joinable.max() > 2 and loader.joinable.min() == 1
     i = int(loader.joinable.argmax())
     seed, members = int(loader.joinable[i]) - 1, range(i, i + int(loader.joinable[i]))
     assert sum(len(dataset[k][0]) for k in members) <= 250
     assert len({dataset[k][2] for k in members}) == 1, "one speaker"
     tokens = loader.document("asr", i, seed)[0]
-    assert len(tokens) - 1 == loader.length("asr", i, len(members))
+    assert len(tokens) - 1 == loader.length("asr", members)
     speech = speech_frames(dataset.vocab, np.concatenate([dataset[k][0] for k in members]))
     assert (tokens[3:3 + len(speech)] == speech).all()
     ids = tokens[(tokens[:, 0] >= dataset.vocab.text_start), 0] - dataset.vocab.text_start

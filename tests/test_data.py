@@ -9,6 +9,7 @@ from bench import random_dataset, real_lengths
 from config import Config
 from data import Dataset, Loader, make_loader
 from interleave import SPECIAL, undelay
+from tokenize_text import TextTokenizer
 
 MIXTURE = {"asr": 1.0, "tts": 2.0, "speech": 0.2, "text": 0.2}
 
@@ -55,7 +56,7 @@ def test_rows_are_nearly_full_and_keep_documents_apart(loader):
                 start += length
         filled = 1 - batch.tokens.eq(0).all(-1).float().mean()
         used.append((batch.weight > 0).any(-1).float().mean() / filled)
-    plans = [sum(loader.length(task, i) for row in loader.plan(step) for task, i, _ in row)
+    plans = [sum(loader.length(task, [i]) for row in loader.plan(step) for task, i, _ in row)
              for step in range(20)]
     assert np.mean(plans) > 0.9 * 4 * 768
     assert loader.dropped < 0.05 * sum(len(row) for step in range(20) for row in loader.plan(step))
@@ -67,7 +68,7 @@ def test_lengths_are_known_before_anything_is_read(tiny_data):
         loader = Loader(Dataset(tiny_data, "train"), MIXTURE, 2, 768, 20, 0, semantic_asr=semantic_asr)
         for task in MIXTURE:
             for i in (0, 5, 70):
-                assert len(loader.document(task, i, 0)[0]) - 1 == loader.length(task, i)
+                assert len(loader.document(task, i, 0)[0]) - 1 == loader.length(task, [i])
 
 
 def test_recognition_hears_with_gaps_in_training_alone(tiny_data):
@@ -117,7 +118,7 @@ def test_impossible_wishes_are_explained(loader, tiny_data):
     with pytest.raises(ValueError, match="raise row_frames"):
         Loader(loader.dataset, MIXTURE, 2, 64, 20, 0)
     longest = Loader(loader.dataset, MIXTURE, 2, 64, 20, 0, grow=True).row_frames
-    lengths = [loader.length(task, i) for task in MIXTURE for i in range(len(loader.dataset))]
+    lengths = [loader.length(task, [i]) for task in MIXTURE for i in range(len(loader.dataset))]
     assert longest == max(lengths), "an evaluation takes them as they are"
 
 
@@ -131,3 +132,20 @@ def test_the_loader_feeds_a_fast_gpu_from_one_core(tmp_path):
         n = loader.batch(step).n_frame
         speeds.append(n / (time.perf_counter() - began))
     assert max(speeds) > 0.5e6, f"{max(speeds):.0f} frames/s"
+
+
+def test_recognition_may_hear_random_utterances_of_a_speaker_as_one(tiny_data):
+    """Then no sentence comes twice; texts are written as if they had always been one."""
+    dataset = Dataset(tiny_data, "train")
+    tokenizer = TextTokenizer.load(f"{tiny_data}/text_tokenizer")
+    loader = Loader(dataset, {"asr": 1, "tts": 1}, 2, 1024, 20, 0, recombine=400, tokenizer=tokenizer)
+    drawn = [loader.members("asr", 3, seed) for seed in range(20)]
+    assert len(set(map(tuple, drawn))) > 15 and max(map(len, drawn)) > 2
+    for seed, members in enumerate(drawn):
+        assert members[0] == 3 and len({dataset[k][2] for k in members}) == 1, "one speaker"
+        assert sum(len(dataset[k][0]) for k in members) <= 400
+        tokens = loader.document("asr", 3, seed)[0]
+        ids = tokens[tokens[:, 0] >= dataset.vocab.text_start, 0] - dataset.vocab.text_start
+        assert tokenizer.decode(ids) == " ".join(dataset.info["text"][k] for k in members)
+        assert len(tokens) - 1 == loader.length("asr", members)
+    assert loader.members("tts", 3, 0) == [3], "only what is heard"

@@ -1,15 +1,26 @@
 """Claim: text is judged by what the model itself predicts, the same for one document and for many."""
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, run_here
+from conftest import ROOT, run_here, shared_folder
 
-from eval_text import ask, bits_per_byte, log_probabilities, multiple_choice, read_rows
+from config import load_config
+from eval_text import (
+    ask,
+    base_model,
+    bits_per_byte,
+    choice_scores,
+    log_probabilities,
+    multiple_choice,
+    read_rows,
+)
 from heads import stream_logits
-from interleave import text_frames
+from interleave import Vocab, text_frames
 from sample import Speaker
+from tokenize_text import TextTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +29,8 @@ def speaker(tiny_run):
 
 
 def test_log_probabilities_are_those_of_the_logits_alone_or_together(speaker):
-    documents = [([3, 1, 4, 1, 5, 9], 2), ([2, 6], 1), ([5, 3, 5, 8, 9, 7, 9], 6)]
+    """Also of documents that differ in their last id only, of which one is read."""
+    documents = [([3, 1, 4, 1, 5, 9], 2), ([2, 6], 1), ([5, 3, 5, 8, 9, 7, 9], 6), ([3, 1, 4, 1, 5, 2], 1)]
     together = log_probabilities(speaker.model, speaker.vocab, documents)
     for (ids, n), found in zip(documents, together):
         hidden = speaker.model(text_frames(speaker.vocab, ids), [len(ids)])
@@ -57,3 +69,21 @@ def test_the_likeliest_choice_wins_and_letters_follow_their_examples(speaker, tm
     path.write_text(json.dumps(rows[0] | {"gold": 4}))
     code, _, err = run_here(ROOT / "eval_text.py", speaker.run, f"--choices={path}")
     assert code == 2 and "line 1 is not a question" in err
+
+
+def test_mmlu_of_the_real_smollm2_is_what_transformers_gives(smollm2):
+    """Log probabilities of the letters after five examples. docs/base_llms.md has 500 questions."""
+    transformers = pytest.importorskip("transformers")
+    folder = shared_folder() / "data/text"
+    rows, shots = read_rows(folder / "mmlu_test.jsonl", 3), read_rows(folder / "mmlu_dev.jsonl")
+    config = load_config([str(ROOT / "configs/135m.py"), f"--init_from={smollm2}"])
+    n_text = TextTokenizer.load(smollm2).n_text
+    model, tokenizer = base_model(SimpleNamespace(config=config, vocab=Vocab(9, 9, 8, n_text)), smollm2)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    spelling = transformers.AutoTokenizer.from_pretrained(smollm2)
+    for row, ours in zip(rows, choice_scores(model, Vocab(9, 9, 8, n_text), tokenizer, rows, shots)):
+        context, letters = ask(row, shots)
+        with torch.no_grad():
+            scores = theirs(**spelling(context, return_tensors="pt")).logits[0, -1].log_softmax(0)
+        expected = [float(scores[spelling.encode(letter)[0]]) for letter in letters]
+        assert ours == pytest.approx(expected, abs=1e-3)
