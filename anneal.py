@@ -2,7 +2,7 @@
 
 Twelfth file of the reading order (arXiv 2506.17611, its annealing stage: 85k steps on small, clean corpora).
   python anneal.py configs/anneal_opt_a.py --init_from=out/1.7b/step_0500000
-  python anneal.py --init_from=out/numbers/step_0001000 --max_steps=300 --splice_frames=500
+  python anneal.py --init_from=out/numbers/step_0001000 --max_steps=300 --recombine_frames=500
 It is the one training loop with other settings: all is as in the run that it begins from, but for what a
 config file or a flag says, and for the schedule
 

@@ -37,7 +37,7 @@ class Config:
     mixture: dict = field(default_factory=lambda: {"asr": 1.0, "tts": 1.0, "speech": 0.1, "text": 0.1})
     curriculum: dict = field(default_factory=dict)  # {folder: share of the steps}: alone, one by one, before
     splice_frames: int = 0          # join utterances that follow each other up to this length; 0 = never
-    recombine_frames: int = 0       # recognition: join random utterances of a speaker up to this length
+    recombine_frames: int = 0       # the same of random utterances of a speaker, in recognition and synthesis
     prompt_len: int = 50            # frames of the TTS voice prompt (500 in OpusLM)
     token_streams: str = "both"     # or semantic, acoustic: one half of the speech tokens (ablations)
     semantic_asr: bool = False      # recognition reads semantic tokens alone, without repetitions

@@ -117,17 +117,20 @@ class Dataset:
         speaker = self.index[i, 4]
         return self.by_speaker[slice(*np.searchsorted(self.speakers, [speaker, speaker + 1]))]
 
-    def draw_prompt(self, i, n_frame, rng, count=1):
+    def draw_prompt(self, i, n_frame, rng, members=()):
         """Codes of a random other utterance of i's speaker, at most n_frame of them, from a random place; not
-        one of the `count` that begin with i.
+        one of `members` either, what is joined with i.
 
         One draw among the others, never a search that could go on for ever; a speaker who has no other
         prompts itself.
         """
         group = self.of_speaker(i)
-        if len(group) > count:
-            j = int(rng.integers(len(group) - count))
-            i = int(group[j + count * (j >= np.searchsorted(group, i))])        # skip over i itself
+        taken = np.searchsorted(group, sorted({i, *members}))               # places in the group
+        if len(group) > len(taken):
+            j = int(rng.integers(len(group) - len(taken)))
+            for place in taken:
+                j += j >= place
+            i = int(group[j])
         codes = self[i][0]
         start = int(rng.integers(max(len(codes) - n_frame, 0) + 1))
         return codes[start:start + n_frame]
@@ -157,10 +160,10 @@ class Loader:
         """mixture: {task: weight}.  n_row: rows of the global batch.  prompt_len: voice prompt frames.
         weights: (V,) loss weights, those of `Vocab.weights` by default.  grow: longer rows, where an example
         needs them, instead of an error.  splice: frames up to which utterances that follow each other are
-        joined; recombine: the same of random ones of a speaker, for recognition. Both need the texts'
-        `tokenizer`.  shares: weight of each of the dataset's folders; by default each utterance is as likely
-        as any other.  lessons: (number of a folder, step), ...: until that step examples come from that
-        folder alone.  time_masks: (number, width), see interleave.mask_time: for recognition."""
+        joined; recombine: the same of random ones of a speaker. Both need the texts' `tokenizer`.  shares:
+        weight of each of the dataset's folders; by default each utterance is as likely as any other.
+        lessons: (number of a folder, step), ...: until that step examples come from that folder alone.
+        time_masks: (number, width), see interleave.mask_time: for recognition."""
         for task in mixture:
             if task not in TASKS:
                 raise ValueError(f"unknown task {task!r} in the mixture; "
@@ -238,14 +241,15 @@ class Loader:
 
     def members(self, task, i, seed):
         """Utterances [number] that the example (task, i, seed) joins: i and, from none to as many as can be,
-        those after it; to recombine, as many others of its speaker as there is room for."""
-        if task != "asr" or not self.recombine:
+        those after it; to recombine, others of its speaker, up to a random share of `recombine`."""
+        if not self.recombine or not {"speech", "text"} <= {segment.of for segment in TASKS[task][1]}:
             return list(range(i, i + 1 + seed % int(self.most(task, i))))
         rng, group, found = np.random.default_rng((seed, 2)), self.dataset.of_speaker(i), [i]
-        room = self.recombine - (self.heard[i + 1] - self.heard[i])
+        frames = self.heard if task == "asr" else self.frames
+        room = rng.integers(self.recombine + 1) - (frames[i + 1] - frames[i])
         while len(group) > 1:
             i = int(group[rng.integers(len(group))])
-            room -= self.heard[i + 1] - self.heard[i]
+            room -= frames[i + 1] - frames[i]
             if room < 0 or self.tokens[i + 1] == self.tokens[i]:            # full, or one without a text
                 break
             found.append(i)
@@ -292,7 +296,7 @@ class Loader:
             rng = np.random.default_rng((seed, 1))
             entries["speech"] = mask_time(entries["speech"], *self.time_masks, rng)
         if any(segment.of == "prompt" for segment in TASKS[task][1]):
-            prompt = self.dataset.draw_prompt(i, self.prompt_len, np.random.default_rng(seed), len(members))
+            prompt = self.dataset.draw_prompt(i, self.prompt_len, np.random.default_rng(seed), members)
             entries["prompt"] = prompt_frames(self.vocab, prompt, self.prompt_len)
         return build_sequence(self.vocab, task, entries, self.loss_region)
 

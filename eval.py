@@ -35,50 +35,67 @@ from wer import capped_interval, comparable, error_report, open_whisper, word_er
 
 # ---- the parts ---------------------------------------------------------------------------------------------
 
-def evaluate_asr(speaker, dataset, limit):
-    n = min(limit, len(dataset))
-    if n == 0:
+def pick_utterances(dataset, limit, join=1):
+    """What is tested: [[utterance, ...]], at most `limit` groups of `join` each, which are heard, or spoken,
+    as one. Alone they are the first ones; joined, each group is of one speaker, the first of each first."""
+    if join < 1:
+        raise ValueError(f"join={join}: one utterance is the least")
+    if join == 1:
+        return [[i] for i in range(min(limit, len(dataset)))]
+    ends = np.append(np.flatnonzero(np.diff(dataset.speakers)) + 1, len(dataset.speakers))
+    groups = []
+    for start, end in zip([0, *ends[:-1]], ends):
+        mine = dataset.by_speaker[start:end].tolist()
+        groups += [(k, mine[k:k + join]) for k in range(0, len(mine) - join + 1, join)]
+    return [group for _, group in sorted(groups)][:limit]
+
+
+def evaluate_asr(speaker, dataset, groups):
+    if not groups:
         return {"wer": None, "n": 0}, []
-    references, hypotheses = dataset.info["text"][:n], speaker.transcribe([dataset[i][0] for i in range(n)])
-    return error_report(references, hypotheses) | {"n": n}, list(zip(references, hypotheses))
+    references = [" ".join(dataset.info["text"][i] for i in group) for group in groups]
+    hypotheses = speaker.transcribe([np.concatenate([dataset[i][0] for i in group]) for group in groups])
+    return error_report(references, hypotheses) | {"n": len(groups)}, list(zip(references, hypotheses))
 
 
-def evaluate_tts(speaker, dataset, limit, folder, whisper=None, best=1, seed=0):
-    """Speak the first texts of `dataset`, prompted by another utterance of the speaker; have them read. best:
-    and again by the best of so many samples, as its own ASR hears them."""
-    n = min(limit, len(dataset))
+def evaluate_tts(speaker, dataset, groups, folder, whisper=None, best=1, seed=0):
+    """Speak the texts of `groups`, prompted by another utterance of the speaker; have them read. best: and
+    again by the best of so many samples, as its own ASR hears them."""
+    n = len(groups)
     speaks = {"tts", "plain_tts"} & {task for task, weight in speaker.config.mixture.items() if weight > 0}
     if n == 0 or not speaks or speaker.config.token_streams == "semantic":  # semantic tokens have no sound
         return {"own_asr": {"wer": None, "n": 0, "ended": None}, "whisper": None}, []
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    references = dataset.info["text"][:n]
-    prompts = [dataset.draw_prompt(i, speaker.config.prompt_len, rng) for i in range(n)]
+    references = [" ".join(dataset.info["text"][i] for i in group) for group in groups]
+    prompts = [dataset.draw_prompt(group[0], speaker.config.prompt_len, rng, group) for group in groups]
     spoken = speaker.synthesise(references, prompts, generator)
-    groups = {"wer": [speaker.decode(codes) for codes, _ in spoken]}
+    wavs = {"wer": [speaker.decode(codes) for codes, _ in spoken]}
     if best > 1:
         chosen, _ = speaker.synthesise_best(references, prompts, best, generator)
-        groups[f"best_of_{best}"] = [speaker.decode(codes) for codes, _ in chosen]
-    groups["resynthesised"] = [speaker.decode(dataset[i][0]) for i in range(n)]     # originals, as tokenized
-    read = {name: speaker.transcribe([speaker.encode(pad_short(wav)) for wav in wavs])
-            for name, wavs in groups.items()}
+        wavs[f"best_of_{best}"] = [speaker.decode(codes) for codes, _ in chosen]
+    wavs["resynthesised"] = [speaker.decode(np.concatenate([dataset[i][0] for i in group]))
+                             for group in groups]                           # originals, as tokenized
+    read = {name: speaker.transcribe([speaker.encode(pad_short(wav)) for wav in some])
+            for name, some in wavs.items()}
     own = {name: word_error_rate(references, heard, cap=True) for name, heard in read.items()}
     own |= {"n": n, "ended": sum(ended for _, ended in spoken) / n,
             "wer_interval": capped_interval(references, read["wer"])}
     judged = None
     if whisper:
         judged, heard = {"n": n, "original": None}, {}
-        if all(map(os.path.exists, dataset.info["audio"][:n])):     # data from elsewhere come without
-            groups["original"] = [load_audio(path) for path in dataset.info["audio"][:n]]
-        for name, group in groups.items():
+        paths = [[dataset.info["audio"][i] for i in group] for group in groups]
+        if all(os.path.exists(path) for group in paths for path in group):      # data from elsewhere: without
+            wavs["original"] = [np.concatenate([load_audio(path) for path in group]) for group in paths]
+        for name, some in wavs.items():
             heard[name] = list(zip(*(comparable(text, whisper.hear(wav)) for wav, text in zip(
-                tqdm(group, f"Whisper: {name}", n, mininterval=2), references))))
+                tqdm(some, f"Whisper: {name}", n, mininterval=2), references))))
             judged[name] = word_error_rate(*heard[name], cap=True)
         judged["wer_interval"] = capped_interval(*heard["wer"])
     os.makedirs(folder, exist_ok=True)
     for i in range(min(4, n)):
         name = f"{folder}/{i}_{references[i].replace(' ', '_')[:60]}"
-        soundfile.write(f"{name}.model.wav", groups["wer"][i], Tokenizer.sample_rate)
-        soundfile.write(f"{name}.original.wav", groups["resynthesised"][i], Tokenizer.sample_rate)
+        soundfile.write(f"{name}.model.wav", wavs["wer"][i], Tokenizer.sample_rate)
+        soundfile.write(f"{name}.original.wav", wavs["resynthesised"][i], Tokenizer.sample_rate)
     return {"own_asr": own, "whisper": judged}, list(zip(references, read["wer"]))
 
 
@@ -139,24 +156,29 @@ def find_data(speaker, folder=None):
     raise ValueError(f"no prepared data at {known}: name them, --data=FOLDER")
 
 
-def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto", best=1, n=None):
+def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto", best=1, n=None, join=1):
     """Measure everything, write results.json, wavs and curves.png into the run's folder; returns results.
-    n: utterances of each test, instead of what the run's configuration says."""
+    n: utterances of each test, instead of what the run's configuration says.  join: so many utterances of a
+    speaker as one, long one; then the files are results_join3.json and so on, and the curves stay as they
+    are."""
     began, speaker = time.time(), Speaker(run, quant=quant, dtype=dtype)
     run, c = speaker.run, speaker.config
     if n is not None:
         c.eval_utterances = c.tts_utterances = n
+    c.max_speech_s, joined = c.max_speech_s * join, f"_join{join}" if join > 1 else ""
     data = find_data(speaker, data)
     seen, unseen = (Dataset(data, split, token_streams=c.token_streams) for split in ("seen", "unseen"))
     for dataset in (seen, unseen):
         dataset.vocab = same_vocab(dataset.vocab, speaker.vocab, run)
     results, transcripts = {"asr": {}}, {}
     for name, dataset in (("seen", seen), ("unseen", unseen)):
-        results["asr"][name], transcripts[f"asr_{name}"] = evaluate_asr(speaker, dataset, c.eval_utterances)
+        results["asr"][name], transcripts[f"asr_{name}"] = evaluate_asr(
+            speaker, dataset, pick_utterances(dataset, c.eval_utterances, join))
     voices = unseen if len(unseen) else seen
     whisper, missing = open_whisper(whisper_folder) if whisper_folder else (None, None)
+    groups = pick_utterances(voices, c.tts_utterances, join)
     results["tts"], transcripts["tts"] = evaluate_tts(
-        speaker, voices, c.tts_utterances, f"{run}/wavs", whisper, best)
+        speaker, voices, groups, f"{run}/wavs{joined}", whisper, best)
     results["not_available"] = {"TTS WER by Whisper": missing} if missing else {}
     results["listening"] = listening(speaker, voices)
     results["perplexity"] = {"seen": perplexities(speaker, seen), "unseen": perplexities(speaker, unseen)}
@@ -171,9 +193,10 @@ def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto", best=1
     results["peak_memory_mb"] = record.get("peak_memory_mb")
     results["parameters"] = sum(p.numel() for p in speaker.model.parameters())
     for name, content in (("results", results), ("transcripts", transcripts)):
-        write_file(f"{run}/{name}.json", json.dumps(content, indent=1))
-    note_error_rates(run, speaker.state, results)
-    plot_curves(run)
+        write_file(f"{run}/{name}{joined}.json", json.dumps(content, indent=1))
+    if join == 1:
+        note_error_rates(run, speaker.state, results)
+        plot_curves(run)
     return results
 
 
@@ -219,14 +242,14 @@ def table(results):
     return "\n".join(lines)
 
 
-def compare(first, second, n=2000):
+def compare(first, second, n=2000, join=1):
     """Two evaluated runs on the same texts, utterance by utterance -> lines: WER of both and the difference,
     with its 95 % interval by a bootstrap that draws the same utterances for both."""
-    lines, read = [], []
+    lines, read, joined = [], [], f"_join{join}" if join > 1 else ""
     for run in (first, second):
-        if not os.path.exists(f"{run}/transcripts.json"):
-            raise ValueError(f"{run} is not evaluated yet: python eval.py {run}")
-        with open(f"{run}/transcripts.json") as f:
+        if not os.path.exists(f"{run}/transcripts{joined}.json"):
+            raise ValueError(f"{run} is not evaluated yet: python eval.py {run} --join={join}")
+        with open(f"{run}/transcripts{joined}.json") as f:
             read.append(json.load(f))
     for part in read[0]:
         pairs = [dict.get(part) or [] for dict in read]
@@ -251,6 +274,7 @@ def main(arguments):
     parser.add_argument("--whisper", help="folder of a Whisper model in CTranslate2 form")
     parser.add_argument("--data", help="folder of prepared data (default: those of the training)")
     parser.add_argument("--n", type=int, help="utterances of each test (default: as in the configuration)")
+    parser.add_argument("--join", type=int, default=1, help="so many utterances of a speaker as a long one")
     parser.add_argument("--best", type=int, default=1, help="TTS again by the best of so many samples")
     parser.add_argument("--compare", help="another evaluated run: only compare the two")
     parser.add_argument("--plot", nargs="+", metavar="RUN", help="other runs: only draw their curves beside")
@@ -262,9 +286,10 @@ def main(arguments):
         print(f"{args.run}/compare.png")
         return 0
     if args.compare:
-        print(compare(args.run, args.compare))
+        print(compare(args.run, args.compare, join=args.join))
         return 0
-    found = evaluate(args.run, args.whisper, args.data, args.quant, args.dtype, args.best, args.n)
+    found = evaluate(args.run, args.whisper, args.data, args.quant, args.dtype, args.best, args.n,
+                     args.join)
     print(table(found))
     return 3 if found["not_available"] else 0
 

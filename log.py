@@ -27,6 +27,7 @@ class Log:
         self.config, self.names, self.peak, self.device, self.rank = config, names, peak, device, rank
         self.first, self.began, self.paused, self.shown_at = dict(state), time.time(), 0.0, 0.0
         self.sums, self.flops, self.usual, self.file, self.tracker = None, 0.0, None, None, None
+        self.spread = None                  # how far from its running mean, self.usual, the loss mostly is
         watched = rank == 0 and sys.stderr.isatty()
         self.bar = tqdm(total=config.max_steps, initial=state["step"], unit="step", mininterval=2,
                         disable=not watched)
@@ -63,9 +64,11 @@ class Log:
         self.flops += flops
         if math.isfinite(loss + norm):                          # else it was skipped
             self.sums = [a + b for a, b in zip(sums, self.sums or [0.0] * len(sums))]
-            if self.usual and loss > 1.5 * self.usual:
+            self.usual, self.spread = (self.usual, self.spread) if self.usual else (loss, loss)
+            over = loss - self.usual
+            if over > max(0.5 * self.usual, 8 * self.spread):       # a mixture of tasks goes up and down
                 self.say(f"step {state['step']}: the loss jumped to {loss:.3f}, from about {self.usual:.3f}")
-            self.usual = 0.95 * self.usual + 0.05 * loss if self.usual else loss
+            self.usual, self.spread = self.usual + 0.05 * over, 0.95 * self.spread + 0.05 * abs(over)
         if state["step"] % c.log_every and not last:
             return {}
         done = state["step"] - self.first["step"]

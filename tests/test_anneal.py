@@ -70,7 +70,7 @@ def test_utterances_that_follow_each_other_are_joined(tiny_data):
     ids = tokens[(tokens[:, 0] >= dataset.vocab.text_start), 0] - dataset.vocab.text_start
     assert tokenizer.decode(ids) == " ".join(dataset.info["text"][k] for k in members)
     inside = {tuple(row) for k in members for row in dataset[k][0].tolist()}
-    prompts = [dataset.draw_prompt(i, 20, np.random.default_rng(s), len(members)) for s in range(9)]
+    prompts = [dataset.draw_prompt(i, 20, np.random.default_rng(s), members) for s in range(9)]
     assert any(tuple(row) not in inside for prompt in prompts for row in prompt.tolist())
     assert undelay(loader.batch(0).tokens[0]).shape[1] == dataset.vocab.n_stream
 

@@ -4,11 +4,13 @@ import os
 import random
 import shutil
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import ROOT, run_here
 
-from eval import compare, note_error_rates
+from eval import compare, note_error_rates, pick_utterances
 from plot import read_run
 from wer import comparable, edit_counts, edit_distance, error_report, interval, spell_out, word_error_rate
 
@@ -49,6 +51,18 @@ def test_two_runs_are_compared_utterance_by_utterance(tmp_path):
     assert "difference +14.6" in far and "clear" in far
     with pytest.raises(ValueError, match="not evaluated yet"):
         compare(run["a"], str(tmp_path))
+
+
+def test_utterances_of_a_speaker_are_tested_as_one_long_one():
+    """Two speakers take turns, the third has a single utterance, which no other goes with."""
+    speakers = np.array([0, 1, 0, 1, 2, 0, 1, 0])
+    by_speaker = np.argsort(speakers, kind="stable")
+    dataset = SimpleNamespace(by_speaker=by_speaker, speakers=speakers[by_speaker])
+    assert pick_utterances(dataset, 9, 2) == [[0, 2], [1, 3], [5, 7]]
+    assert pick_utterances(dataset, 2, 3) == [[0, 2, 5], [1, 3, 6]] and not pick_utterances(dataset, 9, 5)
+    assert pick_utterances(range(8), 3) == [[0], [1], [2]]
+    with pytest.raises(ValueError, match="one utterance is the least"):
+        pick_utterances(dataset, 9, 0)
 
 
 def test_the_cap_keeps_one_endless_answer_from_standing_for_all():

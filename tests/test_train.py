@@ -9,9 +9,10 @@ import torch
 from conftest import ROOT, run_here
 
 from checkpoint import load_model
-from config import load_config
+from config import Config, load_config
 from data import Dataset
 from eval import evaluate
+from log import Log
 from muon import Muon, orthogonalise
 from train import learning_rate, train
 
@@ -188,3 +189,12 @@ def test_a_model_keeps_its_delay(tiny_data, tiny_flags, tmp_path):
         run(tiny_data, tiny_flags, str(tmp_path / "other"), f"--init_from={out}")
     with pytest.raises(ValueError, match="1, or 0 for none"):
         run(tiny_data, tiny_flags, str(tmp_path / "third"), "--delay=2")
+
+
+def test_a_jump_of_the_loss_is_told_from_the_ups_and_downs_of_a_mixture(tmp_path, capsys):
+    log = Log(Config(out_dir=str(tmp_path)), [], {"step": 0, "seconds": 0.0}, 1.0, torch.device("cpu"), 0)
+    for step, loss in enumerate([1.0, 1.0, 1.0, 1.0, 2.5] * 20 + [9.0], 1):
+        log.step({"step": step, "frames": step, "skipped": 0}, [], loss, 1.0, 1e-3, 0.0, False)
+    log.close()
+    jumps = [line for line in capsys.readouterr().out.splitlines() if "jumped" in line]
+    assert len(jumps) == 1 and jumps[0].startswith("step 101: the loss jumped to 9.000")
