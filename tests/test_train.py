@@ -192,9 +192,10 @@ def test_a_model_keeps_its_delay(tiny_data, tiny_flags, tmp_path):
 
 
 def test_a_jump_of_the_loss_is_told_from_the_ups_and_downs_of_a_mixture(tmp_path, capsys):
-    log = Log(Config(out_dir=str(tmp_path)), [], {"step": 0, "seconds": 0.0}, 1.0, torch.device("cpu"), 0)
+    state = {"step": 0, "frames": 0, "seconds": 0.0, "skipped": 0}
+    log = Log(Config(out_dir=str(tmp_path)), [], state, 1.0, torch.device("cpu"), 0)
     for step, loss in enumerate([1.0, 1.0, 1.0, 1.0, 2.5] * 20 + [9.0], 1):
-        log.step({"step": step, "frames": step, "skipped": 0}, [], loss, 1.0, 1e-3, 0.0, False)
+        log.step(state | {"step": step}, [], loss, 1.0, 1e-3, 0.0, False)
     log.close()
     jumps = [line for line in capsys.readouterr().out.splitlines() if "jumped" in line]
     assert len(jumps) == 1 and jumps[0].startswith("step 101: the loss jumped to 9.000")
