@@ -21,7 +21,6 @@ from interleave import (
     TASKS,
     Vocab,
     build_sequence,
-    changes,
     mask_time,
     speech_frames,
     stream0_frames,
@@ -112,6 +111,17 @@ class Dataset:
         codes, text = codes[frame:frame + n_frame, self.columns], text[token:token + n_token]
         return codes.astype(np.int64), text.astype(np.int64), speaker
 
+    def count_changes(self):
+        """(M,) how many of each utterance's frames have another semantic token than the one before."""
+        found, index = np.zeros(len(self), np.int64), self.index
+        for k, codes in enumerate(self.codes):
+            mine, semantic = self.shard == k, codes[:, self.columns][:, 0]
+            so_far = np.append(0, np.cumsum(semantic[1:] != semantic[:-1]))     # up to and with each frame
+            first, n = index[mine, 0], index[mine, 1]
+            last = np.maximum(first + n - 1, 0)
+            found[mine] = np.where(n > 0, 1 + so_far[last] - so_far[np.minimum(first, last)], 0)
+        return found
+
     def of_speaker(self, i):
         """(M,) the utterances with speech of i's speaker, in order."""
         speaker = self.index[i, 4]
@@ -179,8 +189,7 @@ class Loader:
         share = np.array([mixture[task] for task in self.tasks], float)
         self.share = np.cumsum(share / share.sum())
         self.frames, self.tokens = (np.concatenate([[0], np.cumsum(dataset.index[:, k])]) for k in (1, 3))
-        self.heard = self.frames if not semantic_asr else np.concatenate([[0], np.cumsum(
-            [int(changes(dataset[i][0][:, 0]).sum()) for i in range(len(dataset))])])
+        self.heard = np.append(0, np.cumsum(dataset.count_changes())) if semantic_asr else self.frames
         self.joinable = self.find_joinable(splice)
         self.pool, self.folder_share = {}, {}
         for task in self.tasks if len(dataset) else ():

@@ -8,7 +8,7 @@ import torch
 from bench import random_dataset, real_lengths
 from config import Config
 from data import Dataset, Loader, make_loader
-from interleave import SPECIAL, undelay
+from interleave import SPECIAL, changes, undelay
 from tokenize_text import TextTokenizer
 
 MIXTURE = {"asr": 1.0, "tts": 2.0, "speech": 0.2, "text": 0.2}
@@ -69,6 +69,8 @@ def test_lengths_are_known_before_anything_is_read(tiny_data):
         for task in MIXTURE:
             for i in (0, 5, 70):
                 assert len(loader.document(task, i, 0)[0]) - 1 == loader.length(task, [i])
+    counted = [int(changes(loader.dataset[i][0][:, 0]).sum()) for i in range(len(loader.dataset))]
+    assert loader.dataset.count_changes().tolist() == counted
 
 
 def test_recognition_hears_with_gaps_in_training_alone(tiny_data):
