@@ -96,6 +96,7 @@ class Config:
     temperature: float = 0.3        # of stream 0; 0 = greedy
     acoustic_temperature: float = 0.7
     top_k: int = 30
+    top_p: float = 1.0              # of those, the likeliest with this probability together
     max_speech_s: float = 6.0       # speech is cut there if it does not end by itself
 
 

@@ -18,12 +18,15 @@ from heads import acoustic_rows
 from interleave import EOS, PAD, SPEECH, delay
 
 
-def pick(logits, temperature, top_k, generator=None):
-    """One id of each row: logits (..., C) -> (...). The best at temperature 0, else a draw of the top k."""
+def pick(logits, temperature, top_k, generator=None, top_p=1.0):
+    """One id of each row: logits (..., C) -> (...). The best at temperature 0, else a draw of the top k, and
+    of those the likeliest that together reach the probability top_p."""
     if temperature == 0:
         return logits.argmax(-1)
     best, ids = logits.topk(min(top_k, logits.shape[-1]))                   # (..., k)
-    choice = torch.multinomial((best / temperature).softmax(-1).flatten(0, -2), 1, generator=generator)
+    p = (best / temperature).softmax(-1)
+    p = p * (p.cumsum(-1) - p < max(top_p, 1e-9))                           # the best one always stays
+    choice = torch.multinomial(p.flatten(0, -2), 1, generator=generator)
     return ids.gather(-1, choice.view(*ids.shape[:-1], 1))[..., 0]
 
 
@@ -170,7 +173,7 @@ def decoding_heads(model, modality):
 
 @torch.no_grad()
 def steps(model, vocab, prefixes, modality, max_frames, min_frames=1, temperature=0.0,
-          acoustic_temperature=0.0, top_k=30, generator=None):
+          acoustic_temperature=0.0, top_k=30, generator=None, top_p=1.0):
     """Go on from aligned prefixes [(T_i, N)], step by step; yields (frames, known, eos) after each.
 
     max_frames, min_frames: numbers, or one for each prefix.
@@ -205,9 +208,9 @@ def steps(model, vocab, prefixes, modality, max_frames, min_frames=1, temperatur
         row = torch.full((B, N), PAD, device=device)
         first, acoustic = heads(hidden)
         first[count < at_least, 0] = -torch.inf
-        row[:, 0] = heads.ids[pick(first, temperature, top_k, generator)]
+        row[:, 0] = heads.ids[pick(first, temperature, top_k, generator, top_p)]
         if acoustic is not None:
-            row[:, 1:] = pick(acoustic, acoustic_temperature, top_k, generator) + starts[1:]
+            row[:, 1:] = pick(acoustic, acoustic_temperature, top_k, generator, top_p) + starts[1:]
         eos = torch.where((row[:, 0] == EOS) & (t < eos), t, eos)
         frame = t[:, None] - vocab.delay * streams                                          # (B, N)
         given = frame < known[:, None]

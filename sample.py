@@ -145,7 +145,7 @@ class Speaker:
             low, high = FRAMES_A_LETTER
             shortest = [max(3, min(longest, low * len(text))) for text in texts]
             longest = [min(longest, high * len(text) + int(Tokenizer.frame_hz)) for text in texts]
-        return SPEECH, longest, shortest, c.temperature, c.acoustic_temperature, c.top_k, generator
+        return SPEECH, longest, shortest, c.temperature, c.acoustic_temperature, c.top_k, generator, c.top_p
 
     def tts_prefix(self, text, prompt):
         """text, prompt codes (T, N) or None -> the aligned frames (T, N) that speech follows."""
@@ -242,7 +242,7 @@ class Speaker:
         prefix = generation_prefix(self.vocab, "text", {"text": self.ids(text)})
         c = self.config
         [(frames, _)] = generate(self.model, self.vocab, [prefix], TEXT, max_tokens, 0, c.temperature, 0,
-                                 c.top_k, generator)
+                                 c.top_k, generator, c.top_p)
         return f"{text} {self.text(frames)}".strip()
 
 
@@ -305,6 +305,7 @@ def main(arguments):
     parser.add_argument("--temperature", type=float, help="of text and semantic tokens (default: the run's)")
     parser.add_argument("--acoustic_temperature", type=float, help="of the acoustic tokens")
     parser.add_argument("--top_k", type=int)
+    parser.add_argument("--top_p", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quant", default="", help="int8: faster decoding on a CPU")
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
@@ -317,7 +318,7 @@ def main(arguments):
     parser.add_argument("--stream", action="store_true", help="tts: write while it speaks")
     args = parser.parse_args(arguments)
     speaker = Speaker(args.run, quant=args.quant, dtype=args.dtype)
-    for name in ("temperature", "acoustic_temperature", "top_k"):
+    for name in ("temperature", "acoustic_temperature", "top_k", "top_p"):
         if getattr(args, name) is not None:
             setattr(speaker.config, name, getattr(args, name))
     generator = torch.Generator().manual_seed(args.seed)

@@ -100,6 +100,8 @@ def test_top_k_and_temperature():
     logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).expand(500, 4)
     generator = torch.Generator().manual_seed(0)
     assert set(pick(logits, 1.0, 2, generator).tolist()) == {1, 2} and set(pick(logits, 0, 4).tolist()) == {1}
+    few = pick(logits, 1.0, 4, generator, top_p=0.7)        # 3.0 has 64 % of the probability, 2.0 another 24
+    assert set(few.tolist()) == {1, 2} and set(pick(logits, 1.0, 4, generator, top_p=0.6).tolist()) == {1}
     cold, hot = ((pick(logits, t, 4, generator) == 1).float().mean() for t in (0.3, 3.0))
     assert cold > 0.9 > 0.6 > hot
 
