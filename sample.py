@@ -34,6 +34,7 @@ from tokenize_text import TOKENIZER_FILES, TextTokenizer, find_folder
 from wer import comparable, edit_distance, open_whisper
 
 FRAMES_A_LETTER = 1, 12     # speech is not shorter (50 letters a second) nor longer (4, and a second more)
+FILES = 16                  # recognised at once
 PIECE_LETTERS = 200         # longer texts are spoken piece by piece
 
 
@@ -132,10 +133,12 @@ class Speaker:
                 texts[i] = self.text(frames)
         return texts
 
-    def transcribe_wav(self, wav, beam=1):
-        """Speech (n,) at 16 kHz of any length -> text: in pieces not longer than training's longest."""
-        pieces = cut_wav(wav, self.config.max_audio_s)
-        return " ".join(self.transcribe([self.encode(piece) for piece in pieces], beam=beam))
+    def transcribe_wavs(self, wavs, beam=1):
+        """Speech [(n,)] at 16 kHz of any length -> [text]: in pieces not longer than training's longest."""
+        cut = [cut_wav(wav, self.config.max_audio_s) for wav in wavs]
+        codes = [self.encode(piece) for pieces in cut for piece in pieces]
+        read = iter(self.transcribe(codes, beam=beam))
+        return [" ".join(next(read) for _ in pieces) for pieces in cut]
 
     def speech_options(self, generator, texts=None):
         """What `decode.steps` takes for speech: limits (of given texts, by their letters), temperatures,
@@ -328,10 +331,10 @@ def main(arguments):
         return explain(speaker, args, generator)
     lines = [line.strip() for line in sys.stdin if line.strip()] if from_stdin else args.input
     if args.task == "asr":
-        for path in lines:
-            text = speaker.transcribe_wav(load_audio(path), args.beam)
-            line = json.dumps({"audio": path, "text": text}, ensure_ascii=False) if args.json else text
-            print(line, flush=True)
+        for some in (lines[k:k + FILES] for k in range(0, len(lines), FILES)):
+            for path, text in zip(some, speaker.transcribe_wavs(list(map(load_audio, some)), args.beam)):
+                line = json.dumps({"audio": path, "text": text}, ensure_ascii=False) if args.json else text
+                print(line, flush=True)
     elif args.task == "text":
         for text in lines if from_stdin else [" ".join(lines)]:
             print(speaker.continue_text(text, generator=generator), flush=True)

@@ -188,6 +188,10 @@ def test_batches_decode_like_single_utterances(tiny_run, tiny_data):
     speaker, dataset = Speaker(tiny_run, dtype="float32"), Dataset(tiny_data, "seen")
     codes = [dataset[i][0] for i in range(4)]
     assert speaker.transcribe(codes) == [text for one in codes for text in speaker.transcribe([one])]
+    wavs = [speaker.decode(one) for one in codes[:3]]
+    wavs[1] = np.concatenate([*wavs] * 8)                       # longer than a piece
+    assert len(wavs[1]) > 16000 * speaker.config.max_audio_s
+    assert speaker.transcribe_wavs(wavs) == [text for wav in wavs for text in speaker.transcribe_wavs([wav])]
 
 
 def test_bfloat16_halves_the_weights_and_reads_about_the_same(tiny_run, tiny_data):
