@@ -72,7 +72,7 @@ def test_the_likeliest_choice_wins_and_letters_follow_their_examples(speaker, tm
 
 
 def test_mmlu_of_the_real_smollm2_is_what_transformers_gives(smollm2):
-    """Log probabilities of the letters after five examples. docs/base_llms.md has 500 questions."""
+    """Log probabilities of the letters after five examples, of three questions."""
     transformers = pytest.importorskip("transformers")
     folder = shared_folder() / "data/text"
     rows, shots = read_rows(folder / "mmlu_test.jsonl", 3), read_rows(folder / "mmlu_dev.jsonl")
