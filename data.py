@@ -115,7 +115,8 @@ class Dataset:
         """(M,) how many of each utterance's frames have another semantic token than the one before."""
         found, index = np.zeros(len(self), np.int64), self.index
         for k, codes in enumerate(self.codes):
-            mine, semantic = self.shard == k, codes[:, self.columns][:, 0]
+            mine = slice(*np.searchsorted(self.shard, [k, k + 1]))      # its utterances lie together
+            semantic = codes[:, self.columns][:, 0]
             so_far = np.append(0, np.cumsum(semantic[1:] != semantic[:-1]))     # up to and with each frame
             first, n = index[mine, 0], index[mine, 1]
             last = np.maximum(first + n - 1, 0)
@@ -223,7 +224,7 @@ class Loader:
         if not all(len(folders[place]) for place, _ in self.lessons):
             raise ValueError(f"a folder of the curriculum has no utterances for {task!r}")
         self.pool[task], self.folder_share[task] = folders, np.cumsum(weight / weight.sum())
-        frames, most = self.heard if task == "asr" else self.frames, self.most(task, able)
+        frames, most = self.ends(task), self.most(task, able)
         lengths = self.size(task, frames[able + most] - frames[able],
                             self.tokens[able + most] - self.tokens[able] + (most - 1) * self.border)
         longest = int(lengths.max())
@@ -233,6 +234,10 @@ class Loader:
                              f"{self.row_frames}: raise row_frames or lower max_audio_s")
         self.row_frames = max(self.row_frames, longest)
 
+    def ends(self, task):
+        """(M + 1,) frames of speech that a task reads, summed up before each utterance."""
+        return self.heard if task == "asr" else self.frames
+
     def size(self, task, speech, text):
         """Frames that an example takes in a row, one fewer than its sequence has: of numbers or arrays."""
         lengths = {"speech": speech, "prompt": self.prompt_len, "text": text}
@@ -240,7 +245,7 @@ class Loader:
 
     def length(self, task, members):
         """The same, at most, of utterances [number] that are joined."""
-        i, frames = np.array(members), self.heard if task == "asr" else self.frames
+        i, frames = np.array(members), self.ends(task)
         text = (self.tokens[i + 1] - self.tokens[i]).sum() + (len(i) - 1) * self.border
         return int(self.size(task, (frames[i + 1] - frames[i]).sum(), text))
 
@@ -254,7 +259,7 @@ class Loader:
         if not self.recombine or not {"speech", "text"} <= {segment.of for segment in TASKS[task][1]}:
             return list(range(i, i + 1 + seed % int(self.most(task, i))))
         rng, group, found = np.random.default_rng((seed, 2)), self.dataset.of_speaker(i), [i]
-        frames = self.heard if task == "asr" else self.frames
+        frames = self.ends(task)
         room = rng.integers(self.recombine + 1) - (frames[i + 1] - frames[i])
         while len(group) > 1:
             i = int(group[rng.integers(len(group))])

@@ -50,6 +50,11 @@ def pick_utterances(dataset, limit, join=1):
     return [group for _, group in sorted(groups)][:limit]
 
 
+def suffix(join):
+    """What the files of a test on joined utterances have behind their names: "", or "_join3"."""
+    return f"_join{join}" if join > 1 else ""
+
+
 def evaluate_asr(speaker, dataset, groups):
     if not groups:
         return {"wer": None, "n": 0}, []
@@ -165,7 +170,7 @@ def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto", best=1
     run, c = speaker.run, speaker.config
     if n is not None:
         c.eval_utterances = c.tts_utterances = n
-    c.max_speech_s, joined = c.max_speech_s * join, f"_join{join}" if join > 1 else ""
+    c.max_speech_s, joined = c.max_speech_s * join, suffix(join)
     data = find_data(speaker, data)
     seen, unseen = (Dataset(data, split, token_streams=c.token_streams) for split in ("seen", "unseen"))
     for dataset in (seen, unseen):
@@ -245,7 +250,7 @@ def table(results):
 def compare(first, second, n=2000, join=1):
     """Two evaluated runs on the same texts, utterance by utterance -> lines: WER of both and the difference,
     with its 95 % interval by a bootstrap that draws the same utterances for both."""
-    lines, read, joined = [], [], f"_join{join}" if join > 1 else ""
+    lines, read, joined = [], [], suffix(join)
     for run in (first, second):
         if not os.path.exists(f"{run}/transcripts{joined}.json"):
             raise ValueError(f"{run} is not evaluated yet: python eval.py {run} --join={join}")
