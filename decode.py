@@ -25,7 +25,8 @@ def pick(logits, temperature, top_k, generator=None, top_p=1.0):
         return logits.argmax(-1)
     best, ids = logits.topk(min(top_k, logits.shape[-1]))                   # (..., k)
     p = (best / temperature).softmax(-1)
-    p = p * (p.cumsum(-1) - p < max(top_p, 1e-9))                           # the best one always stays
+    if top_p < 1:
+        p = p * (p.cumsum(-1) - p < max(top_p, 1e-9))                       # the best one always stays
     choice = torch.multinomial(p.flatten(0, -2), 1, generator=generator)
     return ids.gather(-1, choice.view(*ids.shape[:-1], 1))[..., 0]
 
