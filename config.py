@@ -152,6 +152,8 @@ def load_config(arguments):
         if not config.init_from:
             raise ValueError("text_model='base' is the tokenizer of init_from, which is not set")
         config.text_model = config.init_from
+    if config.splice_frames and config.recombine_frames:
+        raise ValueError("splice_frames and recombine_frames both join utterances: set one of them to 0")
     return config
 
 

@@ -24,10 +24,11 @@ def test_flags_win_over_the_file(tmp_path):
 @pytest.mark.parametrize("flag, message", [
     ("--max_step=3", "did you mean 'max_steps'"), ("--lr=fast", "takes float, not str"),
     ("--max_steps=1.5", "takes int"), ("--mixture=[1]", "takes dict"),
-    ("--max_steps", "write --max_steps=value"), ("configs/none.py", "no config file")])
+    ("--max_steps", "write --max_steps=value"), ("configs/none.py", "no config file"),
+    ("--splice_frames=500 --recombine_frames=500", "set one of them to 0")])
 def test_wrong_settings_name_the_way_out(flag, message):
     with pytest.raises(ValueError, match=message):
-        load_config([flag])
+        load_config(flag.split())
 
 
 def test_every_config_file_is_valid_and_prepare_shares_our_names():
