@@ -97,8 +97,9 @@ def actions(speaker):
     def read(speech):
         """-> (text, a line)"""
         wav, began = recording(speech, "speech"), time.time()
-        text, took = speaker.transcribe_wavs([wav])[0], time.time() - began
-        yield text or "(nothing)", f"{len(wav) / SAMPLE_RATE:.2f} s of sound read in {took:.2f} s"
+        (text, ended), took = speaker.transcribe_wavs([wav])[0], time.time() - began
+        yield text or "(nothing)", (f"{len(wav) / SAMPLE_RATE:.2f} s of sound read in {took:.2f} s"
+                                    + ("" if ended else ", cut at its limit"))
 
     def go_on(speech, seed):
         """-> (sound, a line)"""

@@ -3,6 +3,8 @@
 Fifteenth file of the reading order.
   python eval.py out/numbers                    rewrites out/numbers/results.json, wavs and curves
   python eval.py out/numbers --whisper=DIR      also lets Whisper judge the speech (pip install -e '.[eval]')
+  python eval.py out/numbers --voice            whose voice it is, how natural, how fast (eval_voice.py)
+  python eval.py out/mine --choices=mmlu.jsonl  what it knows of text (eval_text.py, whose flags these are)
   python eval.py out/numbers --plot out/b       curves of both runs in out/numbers/compare.png
   python eval.py out/numbers --compare=out/b    two evaluated runs, utterance by utterance
 Everything is measured on texts that no training utterance has; "unseen" are voices that training never heard.
@@ -11,6 +13,7 @@ Synthesis is judged on its sound: the wav is tokenized again and read by the mod
 too kind, and by Whisper, where given, next to the original recordings, as they are and tokenized and decoded.
 """
 import argparse
+import importlib
 import json
 import math
 import os
@@ -281,6 +284,11 @@ def main(arguments):
     parser.add_argument("--n", type=int, help="utterances of each test (default: as in the configuration)")
     parser.add_argument("--join", type=int, default=1, help="so many utterances of a speaker as a long one")
     parser.add_argument("--best", type=int, default=1, help="TTS again by the best of so many samples")
+    parser.add_argument("--voice", action="store_true", help="speaker similarity, DNSMOS, pitch and rate too")
+    for flag in ("--text", "--choices"):
+        parser.add_argument(flag, action="append", default=[], metavar="FILE", help="see eval_text.py")
+    for flag in ("--shots", "--before"):
+        parser.add_argument(flag, help="see eval_text.py")
     parser.add_argument("--compare", help="another evaluated run: only compare the two")
     parser.add_argument("--plot", nargs="+", metavar="RUN", help="other runs: only draw their curves beside")
     parser.add_argument("--quant", default="", help="int8: faster decoding on a CPU")
@@ -296,7 +304,21 @@ def main(arguments):
     found = evaluate(args.run, args.whisper, args.data, args.quant, args.dtype, args.best, args.n,
                      args.join)
     print(table(found))
-    return 3 if found["not_available"] else 0
+    return max(3 if found["not_available"] else 0, *(further(script, args) for script in ("voice", "text")))
+
+
+def further(script, args):
+    """The rows of eval_voice.py or eval_text.py, where args ask for them -> exit code. Those files build on
+    this one, so they are imported only now."""
+    if script == "voice" and args.voice:
+        flags = {"--data": [args.data], "--n": [args.n]}
+    elif script == "text" and (args.text or args.choices):
+        flags = {"--text": args.text, "--choices": args.choices, "--shots": [args.shots],
+                 "--before": [args.before], "--n": [args.n]}
+    else:
+        return 0
+    given = [f"{flag}={value}" for flag, values in flags.items() for value in values if value is not None]
+    return importlib.import_module(f"eval_{script}").main([args.run, *given])
 
 
 if __name__ == "__main__":

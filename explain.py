@@ -19,7 +19,7 @@ from data import prompt_frames
 from heads import stream_logits
 from interleave import N_SPECIAL, TEXT, build_sequence, speech_frames, training_rows, undelay
 from plot import in_grey
-from tokenize_audio import SAMPLE_RATE, Tokenizer
+from tokenize_audio import SAMPLE_RATE, Tokenizer, load_audio
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -235,3 +235,20 @@ def explain_asr(speaker, wav, head=None):
         about += f" of {len(codes)}: repeated tokens are left out, and the picture's time is a little off"
     entries = {"speech": speech, "text": speaker.ids(text)}
     return page(speaker, "asr", text, {"what it heard": wav}, entries, about, head), text
+
+
+def explain(speaker, args, generator):
+    """Write the page args.explain about the one utterance that sample.py's arguments name."""
+    head = tuple(int(part) for part in args.head.split(",")) if args.head else None
+    if args.task == "tts" and args.prompt:
+        prompt = speaker.encode(load_audio(args.prompt))
+        made, wav = explain_tts(speaker, " ".join(args.input), prompt, generator, head)
+        soundfile.write(args.out, wav, SAMPLE_RATE)
+    elif args.task == "asr":
+        made, text = explain_asr(speaker, load_audio(args.input[0]), head)
+        print(text)
+    else:
+        raise ValueError("--explain goes with asr of one file, or tts of one text with a --prompt")
+    with open(args.explain, "w", encoding="utf-8") as f:
+        f.write(made)
+    print(f"{args.explain}: open it in a browser")

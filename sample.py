@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import soundfile
@@ -26,10 +27,10 @@ from checkpoint import load_model, save_model
 from convert import export_text, is_published
 from data import prompt_frames
 from decode import beam_search, generate, prepare_for_decoding, steps
-from explain import explain_asr, explain_tts
+from explain import explain
 from interleave import SPEECH, TEXT, Vocab, generation_prefix, speech_codes, speech_frames, text_frames
 from script import run_script
-from tokenize_audio import Tokenizer, load_audio
+from tokenize_audio import Tokenizer, cut_wav, load_audio
 from tokenize_text import TOKENIZER_FILES, TextTokenizer, find_folder
 from wer import comparable, edit_distance, open_whisper
 
@@ -53,18 +54,6 @@ def cut_text(text, letters=PIECE_LETTERS):
         pieces.append(" ".join(words[:n]))
         words = words[n:]
     return pieces
-
-
-def cut_wav(wav, seconds):
-    """Long speech (n,) at 16 kHz -> pieces of at most so many seconds, cut where it is quietest in the last
-    third of each."""
-    pieces, size, step = [], int(seconds * Tokenizer.sample_rate), Tokenizer.sample_rate // 10
-    while len(wav) > size:
-        places = range(size * 2 // 3, size - step + 1, step // 2)
-        cut = min(places, key=lambda k: float(np.square(wav[k:k + step]).mean())) + step // 2
-        pieces.append(wav[:cut])
-        wav = wav[cut:]
-    return [*pieces, wav]
 
 
 # ---- tasks -------------------------------------------------------------------------------------------------
@@ -116,9 +105,9 @@ class Speaker:
             raise ValueError("the text is empty")
         return text_frames(self.vocab, self.text_tokenizer.encode(text))
 
-    def transcribe(self, codes, batch=50, beam=1):
-        """Recognition, greedy or by a beam: [codes (T, N)] -> [text], of at most T / 4 + 8 tokens."""
-        order, texts = sorted(range(len(codes)), key=lambda i: len(codes[i])), [""] * len(codes)
+    def recognise(self, codes, batch=50, beam=1):
+        """Greedy or by a beam: [codes (T, N)] -> [(text, of at most T / 4 + 8 tokens, ended)]."""
+        order, read = sorted(range(len(codes)), key=lambda i: len(codes[i])), [None] * len(codes)
         for start in range(0, len(order), batch):
             part = order[start:start + batch]
             speech = [speech_frames(self.vocab, codes[i], self.config.semantic_asr) for i in part]
@@ -129,16 +118,21 @@ class Speaker:
                          for prefix, limit in zip(prefixes, limits)]
             else:
                 found = generate(self.model, self.vocab, prefixes, TEXT, limits)
-            for i, (frames, _) in zip(part, found):
-                texts[i] = self.text(frames)
-        return texts
+            for i, (frames, ended) in zip(part, found):
+                read[i] = self.text(frames), ended
+        return read
+
+    def transcribe(self, codes, **options):
+        """[codes (T, N)] -> [text], as `recognise`."""
+        return [text for text, _ in self.recognise(codes, **options)]
 
     def transcribe_wavs(self, wavs, beam=1):
-        """Speech [(n,)] at 16 kHz of any length -> [text]: in pieces not longer than training's longest."""
+        """Speech [(n,)] at 16 kHz, of any length, in pieces as training's longest -> [(text, ended)]."""
         cut = [cut_wav(wav, self.config.max_audio_s) for wav in wavs]
         codes = [self.encode(piece) for pieces in cut for piece in pieces]
-        read = iter(self.transcribe(codes, beam=beam))
-        return [" ".join(next(read) for _ in pieces) for pieces in cut]
+        read = iter(self.recognise(codes, beam=beam))
+        whole = [[next(read) for _ in pieces] for pieces in cut]
+        return [(" ".join(text for text, _ in parts), all(ended for _, ended in parts)) for parts in whole]
 
     def speech_options(self, generator, texts=None):
         """What `decode.steps` takes for speech: limits (of given texts, by their letters), temperatures,
@@ -277,16 +271,17 @@ def export(run, folder, text_only=False):
 
 
 def write_stream(path, pieces):
-    """Write wav pieces as they come; says how long the first took."""
-    began, first, n = time.time(), None, 0
-    with soundfile.SoundFile(path, "w", Tokenizer.sample_rate, 1) as out:
+    """Write wav pieces as they come, `-`: as bare 16-bit samples to stdout; says how long the first took."""
+    began, first, n, rate = time.time(), None, 0, Tokenizer.sample_rate
+    bare = path == "-"
+    with nullcontext(sys.stdout.buffer) if bare else soundfile.SoundFile(path, "w", rate, 1) as out:
         for piece in pieces:
             first = first or time.time() - began
-            out.write(piece)
+            out.write((32767 * piece.clip(-1, 1)).astype("<i2").tobytes() if bare else piece)
             out.flush()
             n += len(piece)
-    print(f"{path}: {n / Tokenizer.sample_rate:.2f} s of sound in {time.time() - began:.2f} s, "
-          f"the first after {first:.2f} s")
+    print(f"{path}: {n / rate:.2f} s of sound in {time.time() - began:.2f} s, the first after {first:.2f} s",
+          file=sys.stderr if bare else sys.stdout)
 
 
 def main(arguments):
@@ -318,7 +313,7 @@ def main(arguments):
     parser.add_argument("--json", action="store_true", help="asr: a line of json for each file")
     parser.add_argument("--explain", metavar="PAGE", help="asr, tts: look inside, see explain.py")
     parser.add_argument("--head", help="LAYER,HEAD whose attention that page shows (default: the best)")
-    parser.add_argument("--stream", action="store_true", help="tts: write while it speaks")
+    parser.add_argument("--stream", action="store_true", help="tts: write while it speaks; --out - to stdout")
     args = parser.parse_args(arguments)
     speaker = Speaker(args.run, quant=args.quant, dtype=args.dtype)
     for name in ("temperature", "acoustic_temperature", "top_k", "top_p"):
@@ -331,11 +326,8 @@ def main(arguments):
         return explain(speaker, args, generator)
     lines = [line.strip() for line in sys.stdin if line.strip()] if from_stdin else args.input
     if args.task == "asr":
-        for some in (lines[k:k + FILES] for k in range(0, len(lines), FILES)):
-            for path, text in zip(some, speaker.transcribe_wavs(list(map(load_audio, some)), args.beam)):
-                line = json.dumps({"audio": path, "text": text}, ensure_ascii=False) if args.json else text
-                print(line, flush=True)
-    elif args.task == "text":
+        return transcribe_files(speaker, lines, args)
+    if args.task == "text":
         for text in lines if from_stdin else [" ".join(lines)]:
             print(speaker.continue_text(text, generator=generator), flush=True)
     elif args.task == "tts":
@@ -351,21 +343,22 @@ def main(arguments):
         print(f"{args.out}: {how_it_ended(speaker, wav, ended)}")
 
 
-def explain(speaker, args, generator):
-    """Write the page that explain.py makes of one utterance."""
-    head = tuple(int(part) for part in args.head.split(",")) if args.head else None
-    if args.task == "tts" and args.prompt:
-        prompt = speaker.encode(load_audio(args.prompt))
-        page, wav = explain_tts(speaker, " ".join(args.input), prompt, generator, head)
-        soundfile.write(args.out, wav, Tokenizer.sample_rate)
-    elif args.task == "asr":
-        page, text = explain_asr(speaker, load_audio(args.input[0]), head)
-        print(text)
-    else:
-        raise ValueError("--explain goes with asr of one file, or tts of one text with a --prompt")
-    with open(args.explain, "w", encoding="utf-8") as f:
-        f.write(page)
-    print(f"{args.explain}: open it in a browser")
+def transcribe_files(speaker, paths, args):
+    """Print a line for each file, FILES of them read at once; where one can't be read, an empty line."""
+    code = 0
+    for some in (paths[k:k + FILES] for k in range(0, len(paths), FILES)):
+        wavs, errors = {}, {}
+        for path in some:
+            try:
+                wavs[path] = load_audio(path)
+            except ValueError as problem:
+                errors[path], code = {"error": str(problem)}, 2
+                print(f"sample.py: {problem}", file=sys.stderr, flush=True)
+        texts = dict(zip(wavs, speaker.transcribe_wavs(list(wavs.values()), args.beam)))
+        for path in some:
+            line = {"audio": path} | (errors.get(path) or dict(zip(("text", "ended"), texts[path])))
+            print(json.dumps(line, ensure_ascii=False) if args.json else line.get("text", ""), flush=True)
+    return code
 
 
 def how_it_ended(speaker, wav, ended):

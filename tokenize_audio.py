@@ -51,6 +51,18 @@ def to_mono_16k(wav, sr, name="audio"):
     return wav if sr == SAMPLE_RATE else soxr.resample(wav, sr, SAMPLE_RATE)
 
 
+def cut_wav(wav, seconds):
+    """Long speech (n,) at 16 kHz -> pieces of at most so many seconds, cut where it is quietest in the last
+    third of each."""
+    pieces, size, step = [], int(seconds * SAMPLE_RATE), SAMPLE_RATE // 10
+    while len(wav) > size:
+        places = range(size * 2 // 3, size - step + 1, step // 2)
+        cut = min(places, key=lambda k: float(np.square(wav[k:k + step]).mean())) + step // 2
+        pieces.append(wav[:cut])
+        wav = wav[cut:]
+    return [*pieces, wav]
+
+
 # ---- features ----------------------------------------------------------------------------------------------
 
 def mel_filters():

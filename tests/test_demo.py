@@ -39,7 +39,7 @@ def test_actions_speak_and_read(speaker, voice):
     if demo.STREAMS:
         assert sum(len(piece[1]) for piece, _, _ in pieces[:-1]) == len(whole[1])
     text, note = last(read(voice))
-    assert text == (speaker.transcribe_wavs([load_audio(voice)])[0] or "(nothing)") and "read in" in note
+    assert text == (speaker.transcribe_wavs([load_audio(voice)])[0][0] or "(nothing)") and "read in" in note
     (_, wav), note = last(go_on(voice, 0))
     assert len(wav) > len(load_audio(voice)) * 0.9 and "are new" in note
     assert "<iframe" in last(look_at_speech("seven three", voice, 3))
@@ -89,7 +89,7 @@ def test_in_a_browser(speaker, voice, tmp_path):
             page.locator("#read-speech a[download]").wait_for()
             page.get_by_role("button", name="Read", exact=True).click()
             page.get_by_text("s of sound read in").wait_for()
-            heard = speaker.transcribe_wavs([load_audio(voice)])[0] or "(nothing)"
+            heard = speaker.transcribe_wavs([load_audio(voice)])[0][0] or "(nothing)"
             assert page.locator("#heard textarea").input_value() == heard
 
             page.get_by_label("Remove").or_(page.get_by_label("Clear")).last.click()

@@ -86,13 +86,19 @@ def test_other_texts_are_compared_in_whispers_own_spelling():
     assert len(set(comparable("mister smith doesn't pay twenty dollars", "Mr. Smith does not pay $20."))) == 1
 
 
-def test_a_judge_that_is_absent_leaves_a_row_that_says_how_to_get_it(tiny_run, monkeypatch):
-    """The rest of the table stands, and the exit code tells scripts."""
-    monkeypatch.setitem(sys.modules, "faster_whisper", None)
-    code, out, err = run_here(ROOT / "eval.py", tiny_run, "--n=2", "--whisper=whisper-base")
+def test_a_judge_that_is_absent_leaves_a_row_that_says_how_to_get_it(tiny_run, tmp_path, monkeypatch):
+    """The rest of the one table stands, and the exit code tells scripts."""
+    for package in ("faster_whisper", "resemblyzer"):
+        monkeypatch.setitem(sys.modules, package, None)
+    page = tmp_path / "page.txt"
+    page.write_text("seven three five")
+    code, out, err = run_here(ROOT / "eval.py", tiny_run, "--n=2", "--whisper=whisper-base", "--voice",
+                              "--text", page, "--choices", tmp_path / "none.jsonl")
     assert code == 3, err
     assert "TTS WER by Whisper: not available" in out and "pip install -e '.[eval]'" in out
     assert "ASR WER" in out and "(n=2)" in out and "nats a word" in out
+    assert "similarity: not available: pip install" in out and "letters a second" in out
+    assert "none.jsonl: not available: no such file" in out and "bits a byte" in out
 
 
 def test_curves_show_error_rates_by_step_and_compare_runs(tiny_run, tmp_path):

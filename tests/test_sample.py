@@ -19,7 +19,8 @@ from eval import listening, perplexities
 from heads import stream_logits
 from interleave import EOS, PAD, SPEECH, TEXT, delay, generation_prefix, speech_codes
 from model import Model, ModelConfig
-from sample import Speaker, cut_text, cut_wav
+from sample import Speaker, cut_text, write_stream
+from tokenize_audio import cut_wav
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +192,7 @@ def test_batches_decode_like_single_utterances(tiny_run, tiny_data):
     wavs = [speaker.decode(one) for one in codes[:3]]
     wavs[1] = np.concatenate([*wavs] * 8)                       # longer than a piece
     assert len(wavs[1]) > 16000 * speaker.config.max_audio_s
-    assert speaker.transcribe_wavs(wavs) == [text for wav in wavs for text in speaker.transcribe_wavs([wav])]
+    assert speaker.transcribe_wavs(wavs) == [read for wav in wavs for read in speaker.transcribe_wavs([wav])]
 
 
 def test_bfloat16_halves_the_weights_and_reads_about_the_same(tiny_run, tiny_data):
@@ -221,6 +222,15 @@ def test_listening_compares_an_utterances_speech_with_anothers(tiny_run, tiny_da
     assert same["own"] == same["other"]
 
 
+def test_a_player_gets_bare_samples_as_they_come(monkeypatch, capsys):
+    """`tts --stream --out - | aplay -r 16000 -f S16_LE`: nothing but samples on stdout."""
+    out = io.TextIOWrapper(io.BytesIO())
+    monkeypatch.setattr(sys, "stdout", out)
+    write_stream("-", iter([np.array([0.0, 1.0]), np.array([-2.0])]))
+    assert out.buffer.getvalue() == np.array([0, 32767, -32767], "<i2").tobytes()
+    assert "the first after" in capsys.readouterr().err
+
+
 def test_the_command_line_speaks_and_listens(tiny_run, tiny_data, tmp_path, monkeypatch):
     voice = Dataset(tiny_data, "unseen").info["audio"][0]
     out = str(tmp_path / "x.wav")
@@ -234,6 +244,10 @@ def test_the_command_line_speaks_and_listens(tiny_run, tiny_data, tmp_path, monk
     assert sr == 16000 and len(wav) % 320 == 0
     said = [json.loads(line) for line in call("asr", voice, voice, "--json", "--beam=2")[1].splitlines()]
     assert [row["audio"] for row in said] == [voice, voice] and said[0]["text"] == said[1]["text"]
+    code, told, complaint = call("asr", voice, "none.wav", voice, "--json")      # a bad one among good ones
+    first, bad, last = (json.loads(line) for line in told.splitlines())
+    assert code == 2 and "none.wav: no such file" in complaint and "no such file" in bad["error"]
+    assert first == last and first["text"] == call("asr", voice)[1].strip() and "ended" in first
     monkeypatch.setattr(sys, "stdin", io.StringIO("one two\n\nthree\n"))
     code, told, _ = call("tts", "-", "--prompt", voice, "--out", str(tmp_path / "many"), "--best=2")
     rows = [json.loads(line) for line in open(tmp_path / "many/samples.jsonl")]
