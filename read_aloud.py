@@ -22,6 +22,7 @@ import soundfile
 from tqdm import tqdm
 
 from script import run_script
+from shards import write_file
 from tokenize_audio import to_mono_16k
 
 PITCHES = {"hibari": (0.78, 0.84, 0.9, 1.0, 1.07), "rms": (0.94, 1.0, 1.08, 1.2),
@@ -129,10 +130,8 @@ def main(arguments):
                 rows.append((name, f"wav/{name}.flac", transcript(passage), speaker, "train"))
                 seconds += length
             bar.update(seconds / 3600 - bar.n)
-    with open(f"{args.folder}/manifest.tmp", "w") as f:
-        for row in [("id", "audio", "text", "speaker", "split"), *rows]:
-            f.write("\t".join(row) + "\n")
-    os.replace(f"{args.folder}/manifest.tmp", f"{args.folder}/manifest.tsv")
+    header = ("id", "audio", "text", "speaker", "split")
+    write_file(f"{args.folder}/manifest.tsv", "".join("\t".join(row) + "\n" for row in [header, *rows]))
     print(f"{args.folder}/manifest.tsv: {len(rows)} passages, {seconds / 3600:.1f} h, {len(names)} voices")
 
 
