@@ -5,10 +5,12 @@ Helper of prepare.py. A manifest is a table with a header, tab-separated or json
                                text alone has "-" for its audio
   split                        if you like: train, seen (evaluation, known speakers) or unseen (evaluation,
                                new speakers). Without it one utterance in 50 is held out as seen.
+  speed                        if you like: the recording is played so many times faster; without it 1
 Corpora as they are downloaded become a manifest by
   python corpora.py manifest.tsv librispeech:train:/data/LibriSpeech/train-clean-100 \
       librispeech:unseen:/data/LibriSpeech/dev-clean vctk:train:/data/VCTK text:train:/data/books
-Each argument is LAYOUT:SPLIT:FOLDER.
+Each argument is LAYOUT:SPLIT:FOLDER. With librispeech@0.9:train:... beside it, the same once more, played
+at 0.9 times its speed, pitch and formants with it, as another speaker (speed perturbation, Ko et al. 2015).
 """
 import csv
 import glob
@@ -26,6 +28,7 @@ from script import run_script
 FIELDS, SPLITS = ("id", "audio", "text", "speaker"), ("train", "seen", "unseen")
 AUDIO = (".flac", ".wav", ".opus", ".ogg", ".mp3")
 TEXT = (".txt", ".jsonl", ".parquet")
+SPEEDS = (0.5, 2.0)     # what a recording may be played at
 PASSAGE = 300           # words: longer texts are cut, so that each fits into a row of a batch
 
 
@@ -72,8 +75,8 @@ class Manifest:
         self.offsets, self.split = np.delete(self.offsets, again), np.delete(self.split, again)
 
     def parse(self, line):
-        """A line -> dict with FIELDS and split; audio is a full path, "" where there is none; None for an
-        empty line. ValueError(reason) or ValueError(id, reason)."""
+        """A line -> dict with FIELDS, split and speed; audio is a full path, "" where there is none; None for
+        an empty line. ValueError(reason) or ValueError(id, reason)."""
         try:
             line = line.decode("utf-8").rstrip("\r\n")
         except UnicodeDecodeError:
@@ -100,6 +103,9 @@ class Manifest:
                 raise ValueError(row["id"] or line[:40], f"empty {field}")
         if row["split"] not in SPLITS:
             raise ValueError(row["id"], f"split {row['split']!r}: we know {', '.join(SPLITS)}")
+        row["speed"] = to_speed(raw.get("speed") or 1, row["id"])
+        if row["speed"] != 1 and row["split"] != "train":
+            raise ValueError(row["id"], "speed other than 1 in evaluation: that is for training speech")
         row["text"] = "" if row["text"] == "-" else row["text"]
         row["audio"] = "" if row["audio"] == "-" else os.path.join(self.base, row["audio"])
         if not row["text"] and not row["audio"]:
@@ -122,6 +128,16 @@ class Manifest:
             for number in numbers:
                 f.seek(self.offsets[number])
                 yield self.parse(f.readline())
+
+
+def to_speed(value, *name):
+    try:
+        speed = float(value)
+    except ValueError:
+        speed = 0.0
+    if not SPEEDS[0] <= speed <= SPEEDS[1]:
+        raise ValueError(*name, f"speed {value!r}: a number from {SPEEDS[0]} to {SPEEDS[1]}")
+    return speed
 
 
 # ---- layouts -----------------------------------------------------------------------------------------------
@@ -254,10 +270,12 @@ def documents(path):
                 block.append(line)
 
 
-def manifest(path):
-    """A manifest with id, audio, text, speaker, to join with others; its file is named, not a folder."""
+def manifest(path, split):
+    """The rows of that split of a manifest, to join with others; its file is named, not a folder."""
     found = Manifest(path)
-    for row in found.rows(range(len(found.offsets))):
+    for row in found.rows(found.numbers(split)):
+        if row["speed"] != 1:
+            raise ValueError(f"{path}: {row['id']} has a speed; name the layout with @SPEED here instead")
         yield row["id"], row["audio"] or "-", row["text"] or "-", row["speaker"]
 
 
@@ -268,17 +286,21 @@ LAYOUTS = {f.__name__: f for f in (manifest, librispeech, libritts, vctk, mls, f
 def read_corpus(description):
     """"layout:split:folder" -> generator of the rows of a manifest."""
     layout, split, folder = (description.split(":", 2) + ["", ""])[:3]
+    layout, at, speed = layout.partition("@")
     if layout not in LAYOUTS or split not in SPLITS:
         raise ValueError(f"{description!r} is not LAYOUT:SPLIT:FOLDER; layouts are {', '.join(LAYOUTS)}, "
                          f"splits {', '.join(SPLITS)}")
     if not os.path.exists(folder):
         raise ValueError(f"{folder}: no such folder")
+    speed, other = f"{to_speed(speed):g}" if at else "1", f"sp{speed}-" if at else ""
+    own = [split] if layout == "manifest" else []       # the others know no splits
     n = 0
     try:
-        for name, path, words, speaker in LAYOUTS[layout](folder):
+        for name, path, words, speaker in LAYOUTS[layout](folder, *own):
             n += 1
-            yield {"id": name, "audio": path if path == "-" else os.path.abspath(path),
-                   "text": " ".join(words.split()), "speaker": speaker, "split": split}
+            yield {"id": other + name, "audio": path if path == "-" else os.path.abspath(path),
+                   "text": " ".join(words.split()), "speaker": other + speaker, "split": split,
+                   "speed": speed}
     except (OSError, StopIteration, KeyError, IndexError, RuntimeError) as problem:
         if n:
             raise ValueError(f"{folder}: after {n} rows: {problem}") from None

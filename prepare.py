@@ -99,7 +99,7 @@ def data_folder(root, settings):
 
 def read_utterance(row, max_audio_s):
     """The utterance's wav (n,) at 16 kHz. ValueError, with the reason, where it can't be used."""
-    wav = load_audio(row["audio"])
+    wav = load_audio(row["audio"], row["speed"])
     seconds, clipped = len(wav) / Tokenizer.sample_rate, np.mean(np.abs(wav) > 0.999)
     if seconds > max_audio_s:
         raise ValueError(f"{row['audio']}: longer than {max_audio_s:g} s")

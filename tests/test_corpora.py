@@ -3,9 +3,11 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import soundfile
 from conftest import ROOT, run_here
 
 from corpora import Manifest, read_corpus
+from prepare import read_utterance
 
 FILES = {       # layout: {file: content}, audio being empty here; then id, audio, text, speaker of the first
     "librispeech": ({"19/198/19-198.trans.txt": "19-198-0 NORTHANGER ABBEY\n", "19/198/19-198-0.flac": ""},
@@ -36,11 +38,40 @@ def test_each_layout_gives_its_utterances(layout, tmp_path):
         (tmp_path / path).write_text(content)
     [row] = read_corpus(f"{layout}:unseen:{tmp_path}")
     expected = {"id": name, "audio": str(tmp_path / audio), "text": text, "speaker": speaker}
-    assert row == expected | {"split": "unseen"}
+    assert row == expected | {"split": "unseen", "speed": "1"}
     code, out, _ = run_here(ROOT / "corpora.py", tmp_path / "all.tsv", f"{layout}:train:{tmp_path}")
     assert code == 0 and "1 utterances, 1 speakers" in out
     found = Manifest(str(tmp_path / "all.tsv"))
-    assert list(found.rows([0])) == [row | {"split": "train"}] and not found.rejects
+    assert list(found.rows([0])) == [row | {"split": "train", "speed": 1.0}] and not found.rejects
+
+
+def test_speed_perturbation_is_a_row_that_is_played_faster(tmp_path):
+    """Pitch and pace go with it, so it counts as another speaker; evaluation is on speech as it was said."""
+    t = np.arange(32000) / 16000
+    soundfile.write(tmp_path / "a.wav", 0.3 * np.sin(2 * np.pi * 440 * t), 16000)
+    soundfile.write(tmp_path / "b.wav", 0.3 * np.sin(2 * np.pi * 440 * t), 16000)
+    (tmp_path / "m.tsv").write_text("id\taudio\ttext\tspeaker\tsplit\na\ta.wav\tone\ts\ttrain\n"
+                                    "b\tb.wav\ttwo\ts\tunseen\n")
+    code, _, _ = run_here(ROOT / "corpora.py", tmp_path / "all.tsv", f"manifest:train:{tmp_path}/m.tsv",
+                          f"manifest@0.8:train:{tmp_path}/m.tsv", f"manifest:unseen:{tmp_path}/m.tsv")
+    found = Manifest(str(tmp_path / "all.tsv"))
+    rows = list(found.rows(range(3)))
+    assert code == 0 and not found.rejects and found.speakers == ["s", "sp0.8-s"]
+    assert [(row["id"], row["split"]) for row in rows] \
+        == [("a", "train"), ("sp0.8-a", "train"), ("b", "unseen")]
+    plain, slow = (read_utterance(row, 30.0) for row in rows[:2])
+    assert len(plain) == 32000 and len(slow) == 40000
+    loudest = [np.abs(np.fft.rfft(wav)).argmax() * 16000 / len(wav) for wav in (plain, slow)]
+    assert np.allclose(loudest, [440, 352], atol=1)
+    for line, reason in (("c\ta.wav\tx\ts\ttrain\tfast\n", "speed 'fast': a number from 0.5 to 2.0"),
+                         ("d\ta.wav\tx\ts\tunseen\t0.9\n", "that is for training speech")):
+        with open(tmp_path / "all.tsv", "a") as f:
+            f.write(line)
+        assert reason in Manifest(str(tmp_path / "all.tsv")).rejects[-1][1]
+    for description, message in ((f"manifest@9:train:{tmp_path}/m.tsv", "speed '9': a number"),
+                                 (f"manifest:train:{tmp_path}/all.tsv", "has a speed; name the layout")):
+        code, _, err = run_here(ROOT / "corpora.py", tmp_path / "no.tsv", description)
+        assert code == 2 and message in err
 
 
 def test_what_is_no_corpus_is_explained(tmp_path):
