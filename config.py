@@ -97,6 +97,7 @@ class Config:
     acoustic_temperature: float = 0.7
     top_k: int = 30
     top_p: float = 1.0              # of those, the likeliest with this probability together
+    guidance: float = 1.0           # of synthesis: over 1, text and voice count for more (decode.steps)
     max_speech_s: float = 6.0       # speech is cut there if it does not end by itself
 
 

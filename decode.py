@@ -174,7 +174,7 @@ def decoding_heads(model, modality):
 
 @torch.no_grad()
 def steps(model, vocab, prefixes, modality, max_frames, min_frames=1, temperature=0.0,
-          acoustic_temperature=0.0, top_k=30, generator=None, top_p=1.0):
+          acoustic_temperature=0.0, top_k=30, generator=None, top_p=1.0, unguided=None, guidance=1.0):
     """Go on from aligned prefixes [(T_i, N)], step by step; yields (frames, known, eos) after each.
 
     max_frames, min_frames: numbers, or one for each prefix.
@@ -184,45 +184,62 @@ def steps(model, vocab, prefixes, modality, max_frames, min_frames=1, temperatur
         frame t - n < prefix   known already (pads after a marker; acoustic tokens still due)
         frame t - n >= eos     pad
         else                   sampled, by the mask of its stream
+    Classifier-free guidance (Ho and Salimans 2022): a prefix `unguided` (T, N), which lacks what the others
+    say, is gone on from beside each of them, with the same new frames (R = 2B rows instead of R = B). A token
+    is chosen by log p = u + guidance (c - u), c after the row's own prefix, u after the unguided one: over 1,
+    what follows from the prefix counts for more.
     """
     heads = decoding_heads(model, modality)
-    B, N, device = len(prefixes), vocab.n_stream, model.emb.device
-    known = torch.tensor([len(prefix) for prefix in prefixes], device=device)               # (B,)
+    B, twins = len(prefixes), 1 if guidance == 1 else 2
+    prefixes = [*prefixes, *[unguided] * (B * (twins - 1))]
+    R, N, device = len(prefixes), vocab.n_stream, model.emb.device
+    known = torch.tensor([len(prefix) for prefix in prefixes], device=device)               # (R,)
     if known.min() == 0:
         raise ValueError("nothing to start from: give at least one token")
-    limit, at_least = (torch.as_tensor(n, device=device).expand(B) for n in (max_frames, min_frames))
+    limit, at_least = (torch.as_tensor(n, device=device).expand(B).repeat(twins)            # (R,)
+                       for n in (max_frames, min_frames))
     longest, max_frames = int(known.max()), int(limit.max())
-    frames = torch.full((B, longest + max_frames + N, N), PAD, device=device)               # aligned
-    for b, prefix in enumerate(prefixes):
-        frames[b, :len(prefix)] = prefix
-    cache = KVCache(model.config, B, longest + max_frames + N, device, model.dtype)
-    delayed = delay(frames, vocab.delay)[:, :longest]                                       # (B, longest, N)
-    hidden = model.extend(delayed, cache, torch.zeros_like(known))                          # (B, longest, D)
-    rows, streams = torch.arange(B, device=device), torch.arange(N, device=device)
-    hidden = hidden[rows, known - 1]                                                        # (B, D)
+    frames = torch.full((R, longest + max_frames + N, N), PAD, device=device)               # aligned
+    for r, prefix in enumerate(prefixes):
+        frames[r, :len(prefix)] = prefix
+    cache = KVCache(model.config, R, longest + max_frames + N, device, model.dtype)
+    delayed = delay(frames, vocab.delay)[:, :longest]                                       # (R, longest, N)
+    hidden = model.extend(delayed, cache, torch.zeros_like(known))                          # (R, longest, D)
+    rows, streams = torch.arange(R, device=device), torch.arange(N, device=device)
+    hidden = hidden[rows, known - 1]                                                        # (R, D)
 
     starts = vocab.starts.to(device)
     drain = vocab.delay * (N - 1) if modality == SPEECH else 0
     eos = known + limit                                                                     # where eos stands
     for count in range(max_frames + drain):
-        t = known + count                                                   # (B,) the row to predict
-        row = torch.full((B, N), PAD, device=device)
-        first, acoustic = heads(hidden)
-        first[count < at_least, 0] = -torch.inf
-        row[:, 0] = heads.ids[pick(first, temperature, top_k, generator, top_p)]
+        t = known + count                                                   # (R,) the row to predict
+        row = torch.full((R, N), PAD, device=device)
+        first, acoustic = (guide(scores, guidance) for scores in heads(hidden))             # (B, ...)
+        first[count < at_least[:B], 0] = -torch.inf
+        row[:, 0] = heads.ids[pick(first, temperature, top_k, generator, top_p)].repeat(twins)
         if acoustic is not None:
-            row[:, 1:] = pick(acoustic, acoustic_temperature, top_k, generator, top_p) + starts[1:]
+            codes = pick(acoustic, acoustic_temperature, top_k, generator, top_p)           # (B, K)
+            row[:, 1:] = codes.repeat(twins, 1) + starts[1:]
         eos = torch.where((row[:, 0] == EOS) & (t < eos), t, eos)
-        frame = t[:, None] - vocab.delay * streams                                          # (B, N)
+        frame = t[:, None] - vocab.delay * streams                                          # (R, N)
         given = frame < known[:, None]
         row = torch.where(given, frames[rows[:, None], frame, streams], row)
         row = torch.where((frame >= eos[:, None]) & ~given, PAD, row)
         frames[rows[:, None], frame, streams] = row
-        yield frames, known, eos
+        yield frames[:B], known[:B], eos[:B]
         if (t + 1 >= eos + drain).all():
             break
         row[:, 0] = torch.where(t == eos, EOS, row[:, 0])
-        hidden = step(model, row, cache, t)                                                 # (B, D)
+        hidden = step(model, row, cache, t)                                                 # (R, D)
+
+
+def guide(scores, guidance):
+    """Scores (2B, ...) after prefixes and then after the unguided one -> (B, ...), see `steps`; None stays,
+    and with guidance 1 there are no twins. Scores are log p but for a constant, which changes no choice."""
+    if scores is None or guidance == 1:
+        return scores
+    given, free = scores.chunk(2)                                                           # (B, ...) each
+    return free + guidance * (given - free)
 
 
 def generate(model, vocab, prefixes, modality, max_frames, *options, **named):

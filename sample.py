@@ -136,13 +136,17 @@ class Speaker:
 
     def speech_options(self, generator, texts=None):
         """What `decode.steps` takes for speech: limits (of given texts, by their letters), temperatures,
-        random numbers."""
-        c, longest, shortest = self.config, self.max_speech(), 1
+        random numbers, guidance (away from what it would say of itself)."""
+        c, longest, shortest, unguided = self.config, self.max_speech(), 1, None
         if texts:
             low, high = FRAMES_A_LETTER
             shortest = [max(3, min(longest, low * len(text))) for text in texts]
             longest = [min(longest, high * len(text) + int(Tokenizer.frame_hz)) for text in texts]
-        return SPEECH, longest, shortest, c.temperature, c.acoustic_temperature, c.top_k, generator, c.top_p
+            if c.guidance != 1 and not c.mixture.get("speech"):
+                raise ValueError("guidance needs a model that has learned the task speech too: --guidance=1")
+            unguided = generation_prefix(self.vocab, "speech", {})
+        return (SPEECH, longest, shortest, c.temperature, c.acoustic_temperature, c.top_k, generator, c.top_p,
+                unguided, c.guidance if texts else 1.0)
 
     def tts_prefix(self, text, prompt):
         """text, prompt codes (T, N) or None -> the aligned frames (T, N) that speech follows."""
@@ -304,6 +308,7 @@ def main(arguments):
     parser.add_argument("--acoustic_temperature", type=float, help="of the acoustic tokens")
     parser.add_argument("--top_k", type=int)
     parser.add_argument("--top_p", type=float)
+    parser.add_argument("--guidance", type=float, help="tts: over 1 follows text and voice more closely")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quant", default="", help="int8: faster decoding on a CPU")
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
@@ -316,7 +321,7 @@ def main(arguments):
     parser.add_argument("--stream", action="store_true", help="tts: write while it speaks; --out - to stdout")
     args = parser.parse_args(arguments)
     speaker = Speaker(args.run, quant=args.quant, dtype=args.dtype)
-    for name in ("temperature", "acoustic_temperature", "top_k", "top_p"):
+    for name in ("temperature", "acoustic_temperature", "top_k", "top_p", "guidance"):
         if getattr(args, name) is not None:
             setattr(speaker.config, name, getattr(args, name))
     generator = torch.Generator().manual_seed(args.seed)

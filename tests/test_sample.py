@@ -44,23 +44,33 @@ def test_each_stream_only_says_its_own_ids(toy, toy_example, model):
     assert EOS not in drawn
 
 
-@pytest.mark.parametrize("by", [1, 0])
-def test_greedy_decoding_is_the_argmax_of_the_full_forward(by, toy, toy_example, model):
+@pytest.mark.parametrize("by, guidance", [(1, 1.0), (0, 1.0), (1, 3.0)])
+def test_greedy_decoding_is_the_argmax_of_the_full_forward(by, guidance, toy, toy_example, model):
     """We decode, then feed the whole delayed sequence at once: every token must be the best of its mask.
-    Without a delay too, where a frame's tokens all come at once."""
+    Without a delay too, where a frame's tokens all come at once; and with guidance, which weighs two whole
+    sequences, with a text and a voice before the speech and without."""
     toy, nothing = dataclasses.replace(toy, delay=by), {"speech": toy_example()["speech"][:0]}
     prefixes = [generation_prefix(toy, "tts", toy_example(4, n, seed=n) | nothing) for n in (2, 5)]
-    for prefix, (frames, _) in zip(prefixes, generate(model, toy, prefixes, SPEECH, 12, 12)):
-        assert len(frames) == 12
-        tail = torch.full((8, 9), PAD)
-        tail[0, 0] = EOS
+    free = generation_prefix(toy, "speech", {})
+    found = generate(model, toy, prefixes, SPEECH, 12, 12, unguided=free, guidance=guidance)
+    assert len(found) == 2
+    if guidance != 1:
+        plain = generate(model, toy, prefixes, SPEECH, 12, 12)
+        assert not torch.equal(found[0][0], plain[0][0]), "it changes what is said"
+    tail = torch.full((8, 9), PAD)
+    tail[0, 0] = EOS
+
+    def scores(prefix, frames, t, n):
         delayed = delay(torch.cat([prefix, frames, tail]), by)
-        hidden = model(delayed, [len(delayed)])
+        row = len(prefix) + t + by * n - 1                          # predicts the delayed row of this token
+        return stream_logits(model, model(delayed, [len(delayed)])[row], n, slice(*toy.streams[n]))
+
+    for prefix, (frames, _) in zip(prefixes, found):
+        assert len(frames) == 12
         for t in range(len(frames)):
-            for n, (start, end) in enumerate(toy.streams):
-                row = len(prefix) + t + by * n - 1                  # predicts the delayed row of this token
-                logits = stream_logits(model, hidden[row], n, slice(start, end))
-                assert frames[t, n] == start + logits.argmax()
+            for n, (start, _) in enumerate(toy.streams):
+                given, unguided = scores(prefix, frames, t, n), scores(free, frames, t, n)
+                assert frames[t, n] == start + (guidance * given + (1 - guidance) * unguided).argmax()
 
 
 def test_a_beam_finds_the_likeliest_text(toy, toy_example, model):
@@ -185,6 +195,17 @@ def test_the_best_sample_is_what_the_model_itself_reads_best(tiny_run, tiny_data
     assert len(best[0]) == 12 and wrong == [0.0]
 
 
+def test_guidance_leads_away_from_what_the_model_would_say_of_itself(tiny_run, tiny_data):
+    """So it must have learned to speak without text and voice; if not, we say so."""
+    speaker, prompt = Speaker(tiny_run), Dataset(tiny_data, "unseen")[0][0]
+    speaker.config.guidance = 2.0
+    [(codes, _)] = speaker.synthesise(["seven three"], [prompt])
+    assert codes.shape[1] == 9 and (codes >= 0).all()
+    speaker.config.mixture = {"tts": 1.0}
+    with pytest.raises(ValueError, match="needs a model that has learned the task speech"):
+        speaker.synthesise(["seven three"], [prompt])
+
+
 def test_batches_decode_like_single_utterances(tiny_run, tiny_data):
     speaker, dataset = Speaker(tiny_run, dtype="float32"), Dataset(tiny_data, "seen")
     codes = [dataset[i][0] for i in range(4)]
@@ -253,6 +274,8 @@ def test_the_command_line_speaks_and_listens(tiny_run, tiny_data, tmp_path, monk
     rows = [json.loads(line) for line in open(tmp_path / "many/samples.jsonl")]
     assert [row["text"] for row in rows] == ["one two", "three"] and "wrong by its own ear" in told
     assert all(os.path.exists(row["wav"]) and row["wrong"] >= 0 for row in rows)
+    assert "x.wav" in call("tts", "one", "--prompt", voice, "--out", out, "--guidance=2")[1]
+    assert not np.array_equal(wav, soundfile.read(out)[0])
     for arguments, message in ((("tts", "one"), "without a voice prompt"),
                                (("asr", "none.wav"), "no such file"),
                                (("tts", " ", "--prompt", voice), "text is empty")):
