@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from config import load_config
+from config import Config, load_config
 from data import Dataset, Loader
 from decode import prepare_for_decoding, steps
 from heads import weighted_loss
@@ -263,7 +263,8 @@ def loader_variants(args):
     def build():
         folder = tempfile.TemporaryDirectory()
         dataset = random_dataset(folder.name, real_lengths(500))
-        loader = Loader(dataset, {"asr": 1, "tts": 1}, 8, 8192, 500, 0)
+        loader = Loader(dataset, Config(mixture={"asr": 1, "tts": 1}, batch_rows=8, row_frames=8192,
+                                        prompt_len=500))
         counter = iter(range(10 ** 9))
         return lambda keep=folder: loader.batch(next(counter)).n_frame, 0, 8 * 8192
     return {"loader, one core": build}

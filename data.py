@@ -147,6 +147,22 @@ class Dataset:
         return codes[start:start + n_frame]
 
 
+# ---- what a run draws from: config is config.py's Config ---------------------------------------------------
+
+def open_data(config, folder, verify=False):
+    """The training split of `folder`, and of the others of config.datasets and config.curriculum."""
+    dataset = Dataset(folder, "train", verify, config.token_streams, sources(config, folder)[1:])
+    dataset.vocab = replace(dataset.vocab, delay=config.delay)
+    return dataset
+
+
+def sources(config, folder):
+    """Folders that a run draws from: the one that says what its tokens are, then the others."""
+    return list(dict.fromkeys([folder, *config.datasets, *config.curriculum]))
+
+
+# ---- batches -----------------------------------------------------------------------------------------------
+
 def prompt_frames(vocab, codes, n_frame):
     """Voice prompt codes (T, N), T <= n_frame -> joint-id frames (n_frame, N), padded to a fixed length."""
     return torch.cat([speech_frames(vocab, codes), stream0_frames(vocab, [0] * (n_frame - len(codes)))])
@@ -165,36 +181,38 @@ class Batch:
 class Loader:
     """Packed training batches of one dataset."""
 
-    def __init__(self, dataset, mixture, n_row, row_frames, prompt_len, seed, weights=None,
-                 loss_region="whole", grow=False, semantic_asr=False, splice=0, recombine=0, tokenizer=None,
-                 shares=None, lessons=(), time_masks=(0, 0.0)):
-        """mixture: {task: weight}.  n_row: rows of the global batch.  prompt_len: voice prompt frames.
-        weights: (V,) loss weights, those of `Vocab.weights` by default.  grow: longer rows, where an example
-        needs them, instead of an error.  splice: frames up to which utterances that follow each other are
-        joined; recombine: the same of random ones of a speaker. Both need the texts' `tokenizer`.  shares:
-        weight of each of the dataset's folders; by default each utterance is as likely as any other.
-        lessons: (number of a folder, step), ...: until that step examples come from that folder alone.
-        time_masks: (number, width), see interleave.mask_time: for recognition."""
+    def __init__(self, dataset, config, held_out=False):
+        """config: config.py's Config, of which we read what shapes sequences and batches.  held_out:
+        utterances as they are: none joined or masked, none from other folders, and longer rows, where one
+        needs them, instead of an error."""
+        self.dataset, self.vocab, self.config, self.held_out = dataset, dataset.vocab, config, held_out
+        c, mixture = config, config.mixture
         for task in mixture:
             if task not in TASKS:
                 raise ValueError(f"unknown task {task!r} in the mixture; "
                                  f"interleave.py has {', '.join(TASKS)}")
-        self.dataset, self.vocab = dataset, dataset.vocab
-        self.n_row, self.row_frames, self.prompt_len, self.seed = n_row, row_frames, prompt_len, seed
-        self.weights, self.loss_region = self.vocab.weights() if weights is None else weights, loss_region
-        self.lessons, self.time_masks, self.semantic_asr = lessons, time_masks, semantic_asr
-        self.recombine, self.tokenizer = recombine, tokenizer
-        self.border = len(tokenizer.separator()) if tokenizer else 0    # text tokens between joined texts
+        self.row_frames = c.row_frames
+        self.weights = self.vocab.weights(c.special_weight, c.frame_weight, c.semantic_share)
+        self.recombine, splice, self.time_masks = ((0, 0, 0) if held_out else
+                                                   (c.recombine_frames, c.splice_frames, c.time_masks))
+        joins = self.recombine or splice
+        self.tokenizer = TextTokenizer.load(f"{dataset.folder}/text_tokenizer") if joins else None
+        self.border = len(self.tokenizer.separator()) if joins else 0   # text tokens between joined texts
         self.dropped = 0            # drawn but did not fit, over the life of this loader
         self.tasks = [task for task, weight in mixture.items() if weight > 0]
         share = np.array([mixture[task] for task in self.tasks], float)
         self.share = np.cumsum(share / share.sum())
         self.frames, self.tokens = (np.concatenate([[0], np.cumsum(dataset.index[:, k])]) for k in (1, 3))
-        self.heard = np.append(0, np.cumsum(dataset.count_changes())) if semantic_asr else self.frames
+        self.heard = np.append(0, np.cumsum(dataset.count_changes())) if c.semantic_asr else self.frames
         self.joinable = self.find_joinable(splice)
+        places = [dataset.folder] if held_out else sources(c, dataset.folder)
+        weights = {dataset.folder: 1.0} if held_out or not c.datasets else c.datasets
+        ends = np.rint(np.cumsum([0.0, *c.curriculum.values()]) * c.max_steps)[1:]
+        # (number of a folder, step): until that step examples come from that folder alone
+        self.lessons = [] if held_out else list(zip(map(places.index, c.curriculum), ends))
         self.pool, self.folder_share = {}, {}
         for task in self.tasks if len(dataset) else ():
-            self.fill_pool(task, shares, grow)
+            self.fill_pool(task, [weights.get(place, 0.0) for place in places])
 
     def find_joinable(self, splice):
         """(M,): with how many utterances a splice of at most `splice` frames can begin at each: itself, and
@@ -207,18 +225,17 @@ class Loader:
         fits = np.searchsorted(self.frames, self.frames[:-1] + splice, side="right") - 1
         return np.maximum(1, np.minimum(end, fits) - np.arange(M))
 
-    def fill_pool(self, task, shares, grow):
-        """Find the utterances that have what a task needs, by folder, and see whether they fit."""
+    def fill_pool(self, task, shares):
+        """Find the utterances that have what a task needs, by folder, each with its weight, and see whether
+        they fit."""
         index, needs = self.dataset.index, {segment.of for segment in TASKS[task][1]}
         fit = ((index[:, 1] > 0) | (needs == {"text"})) & ((index[:, 3] > 0) | ("text" not in needs))
         if not fit.any():
             raise ValueError(f"the mixture has {task!r}, but no utterance of {self.dataset.folder} has what "
                              f"it needs: {' and '.join(sorted(needs))}")
         able = np.flatnonzero(fit)
-        folders, weight = [able], np.ones(1)
-        if shares:
-            folders = [able[self.dataset.source[able] == k] for k in range(len(shares))]
-            weight = np.array([share * (len(pool) > 0) for share, pool in zip(shares, folders)], float)
+        folders = [able[self.dataset.source[able] == k] for k in range(len(shares))]
+        weight = np.array([share * (len(pool) > 0) for share, pool in zip(shares, folders)], float)
         if not weight.sum():
             raise ValueError(f"no folder with a weight has utterances for {task!r}")
         if not all(len(folders[place]) for place, _ in self.lessons):
@@ -228,7 +245,7 @@ class Loader:
         lengths = self.size(task, frames[able + most] - frames[able],
                             self.tokens[able + most] - self.tokens[able] + (most - 1) * self.border)
         longest = int(lengths.max())
-        if longest > self.row_frames and not grow:
+        if longest > self.row_frames and not self.held_out:
             name = self.dataset.info["id"][able[lengths.argmax()]]
             raise ValueError(f"utterance {name} makes a {task} sequence of {longest} frames; rows have "
                              f"{self.row_frames}: raise row_frames or lower max_audio_s")
@@ -240,7 +257,7 @@ class Loader:
 
     def size(self, task, speech, text):
         """Frames that an example takes in a row, one fewer than its sequence has: of numbers or arrays."""
-        lengths = {"speech": speech, "prompt": self.prompt_len, "text": text}
+        lengths = {"speech": speech, "prompt": self.config.prompt_len, "text": text}
         return task_length(self.vocab, task, lengths) - 1
 
     def length(self, task, members):
@@ -270,49 +287,51 @@ class Loader:
         return found
 
     def plan(self, step):
-        """The global batch of a step: n_row lists of (task, utterance, its own seed). Pure in (seed, step).
+        """The global batch of a step: for each row a list of (task, utterances [number] that are joined, the
+        example's own seed). Pure in (seed, step).
 
         First-fit-decreasing packing of as many draws as nearly fill the batch; what does not fit is dropped.
         """
-        rng = np.random.default_rng((self.seed, step))
+        rng, n_row = np.random.default_rng((self.config.seed, step)), self.config.batch_rows
         lesson = next((place for place, end in self.lessons if step < end), None)
-        drawn, total, capacity = [], 0, FILL * self.n_row * self.row_frames
+        drawn, total, capacity = [], 0, FILL * n_row * self.row_frames
         while True:
             task = self.tasks[np.searchsorted(self.share[:-1], rng.random(), side="right")]
             pools, share = self.pool[task], self.folder_share[task]
             k = np.searchsorted(share[:-1], rng.random(), side="right") if len(pools) > 1 else 0
             pool = pools[k if lesson is None else lesson]
             i, seed = int(pool[rng.integers(len(pool))]), int(rng.integers(2 ** 31))
-            length = self.length(task, self.members(task, i, seed))
+            members = self.members(task, i, seed)
+            length = self.length(task, members)
             total += length
             if total > capacity:
                 break
-            drawn.append((length, task, i, seed))
-        rows, room = [[] for _ in range(self.n_row)], [self.row_frames] * self.n_row
-        for length, task, i, seed in sorted(drawn, key=lambda example: -example[0]):
-            row = next((r for r in range(self.n_row) if room[r] >= length), None)
+            drawn.append((length, task, members, seed))
+        rows, room = [[] for _ in range(n_row)], [self.row_frames] * n_row
+        for length, task, members, seed in sorted(drawn, key=lambda example: -example[0]):
+            row = next((r for r in range(n_row) if room[r] >= length), None)
             if row is None:
                 self.dropped += 1
             else:
-                rows[row].append((task, i, seed))
+                rows[row].append((task, members, seed))
                 room[row] -= length
         return rows
 
-    def document(self, task, i, seed):
-        """-> aligned tokens (T, N), learn (T,), modality (T,)."""
-        members = self.members(task, i, seed)
+    def document(self, task, members, seed):
+        """One example of a plan -> aligned tokens (T, N), learn (T,), modality (T,)."""
+        c = self.config
         parts = [self.dataset[k] for k in members]
         codes = np.concatenate([part[0] for part in parts])                 # (T', N)
         text = self.join([part[1] for part in parts])
-        entries = {"speech": speech_frames(self.vocab, codes, task == "asr" and self.semantic_asr),
+        entries = {"speech": speech_frames(self.vocab, codes, task == "asr" and c.semantic_asr),
                    "text": text_frames(self.vocab, text)}
-        if task == "asr" and self.time_masks[0]:
+        if task == "asr" and self.time_masks:
             rng = np.random.default_rng((seed, 1))
-            entries["speech"] = mask_time(entries["speech"], *self.time_masks, rng)
+            entries["speech"] = mask_time(entries["speech"], self.time_masks, c.time_mask_width, rng)
         if any(segment.of == "prompt" for segment in TASKS[task][1]):
-            prompt = self.dataset.draw_prompt(i, self.prompt_len, np.random.default_rng(seed), members)
-            entries["prompt"] = prompt_frames(self.vocab, prompt, self.prompt_len)
-        return build_sequence(self.vocab, task, entries, self.loss_region)
+            prompt = self.dataset.draw_prompt(members[0], c.prompt_len, np.random.default_rng(seed), members)
+            entries["prompt"] = prompt_frames(self.vocab, prompt, c.prompt_len)
+        return build_sequence(self.vocab, task, entries, c.loss_region)
 
     def join(self, texts):
         """Texts (M_k,) -> (M,), in the tokens that they have as one text, and with no more than planned."""
@@ -329,7 +348,7 @@ class Loader:
         S is what the fullest of them needs, at most row_frames: nothing is computed that all rows lack."""
         plan = self.plan(step)
         made = [[self.document(*document) for document in plan[r]]
-                for r in (range(self.n_row) if rows is None else rows)]
+                for r in (range(len(plan)) if rows is None else rows)]
         S = max([1, *(sum(len(document[0]) - 1 for document in row) for row in made)])
         packed = [self.pack(row, S) for row in made]
         tensors = (torch.stack(part) for part in list(zip(*packed))[:4])
@@ -345,32 +364,3 @@ class Loader:
         parts = training_rows(documents, self.weights, self.vocab.delay)    # (S', N) x 3, (S',)
         padded = [F.pad(part, (0, 0) * (part.ndim - 1) + (0, n_pad)) for part in parts]     # PAD is 0
         return *padded, lengths + [n_pad] * (n_pad > 0), sum(lengths)
-
-
-# ---- what a run draws from: config is config.py's Config ---------------------------------------------------
-
-def open_data(config, folder, verify=False):
-    """The training split of `folder`, and of the others of config.datasets and config.curriculum."""
-    dataset = Dataset(folder, "train", verify, config.token_streams, sources(config, folder)[1:])
-    dataset.vocab = replace(dataset.vocab, delay=config.delay)
-    return dataset
-
-
-def sources(config, folder):
-    """Folders that a run draws from: the one that says what its tokens are, then the others."""
-    return list(dict.fromkeys([folder, *config.datasets, *config.curriculum]))
-
-
-def make_loader(config, dataset, held_out=False):
-    """held_out: utterances as they are, however long, the folder's own."""
-    c, joins, shares, lessons, masks = config, (0, 0), None, [], (0, 0.0)
-    if not held_out:
-        places, weights = sources(c, dataset.folder), c.datasets or {dataset.folder: 1.0}
-        masks = c.time_masks, c.time_mask_width
-        joins, shares = (c.splice_frames, c.recombine_frames), [weights.get(place, 0.0) for place in places]
-        ends = np.rint(np.cumsum([0.0, *c.curriculum.values()]) * c.max_steps)
-        lessons = list(zip(map(places.index, c.curriculum), ends[1:]))
-    tokenizer = TextTokenizer.load(f"{dataset.folder}/text_tokenizer") if any(joins) else None
-    of_loss = dataset.vocab.weights(c.special_weight, c.frame_weight, c.semantic_share)
-    return Loader(dataset, c.mixture, c.batch_rows, c.row_frames, c.prompt_len, c.seed, of_loss,
-                  c.loss_region, held_out, c.semantic_asr, *joins, tokenizer, shares, lessons, masks)

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import time
+from dataclasses import replace
 
 import numpy as np
 import soundfile
@@ -120,8 +121,7 @@ def perplexities(speaker, dataset, n_batch=4):
     if len(dataset) == 0:
         return None
     mixture = {task: 1 for task in ("asr", "tts") if c.mixture.get(task)} or c.mixture
-    loader = Loader(dataset, mixture, 2, c.row_frames, c.prompt_len, 0, loss_region=c.loss_region, grow=True,
-                    semantic_asr=c.semantic_asr)
+    loader = Loader(dataset, replace(c, mixture=mixture, batch_rows=2, seed=0), held_out=True)
     reports = [batch_loss(speaker.model, loader.batch(step), c.softmax)[1] for step in range(n_batch)]
     losses = mean_losses([sum(column) for column in zip(*reports)], loader.vocab.stream_names)
     return {name: math.exp(loss) for name, loss in losses.items()}

@@ -112,7 +112,8 @@ def no_progress(config, model, loader, step, norm, losses):
     names, params = zip(*model.named_parameters())
     broken = total([float(not local(p.grad).isfinite().all()) for p in params])
     path, info = f"{config.out_dir}/nonfinite.json", loader.dataset.info
-    documents = [(task, info["id"][i]) for row in loader.plan(step) for task, i, _ in row]
+    documents = [(task, [info["id"][i] for i in members])
+                 for row in loader.plan(step) for task, members, _ in row]
     losses = {name: str(x) for name, x in losses.items()}
     report = {"step": step + 1, "grad_norm": str(norm), "losses": losses,
               "gradients": [name for name, n in zip(names, broken) if n], "documents": documents}

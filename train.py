@@ -21,7 +21,7 @@ import torch.distributed as dist
 import prepare
 from checkpoint import Saver, checkpoints, newest, newest_whole, resume, starting_vocab, starting_weights
 from config import load_config, read_config
-from data import Dataset, make_loader, open_data
+from data import Dataset, Loader, open_data
 from heads import batch_loss, mean_losses
 from interleave import Vocab
 from job import report, run_stage
@@ -108,7 +108,7 @@ def check(config, dataset, world, going_on=False):
     if config.new_rows != 1 and config.shard != 1 and world > 1:
         raise ValueError("new_rows needs whole copies of the model on each worker: --shard=1")
     compute_dtype(config.dtype, torch.device("cpu"))
-    make_loader(config, dataset)
+    Loader(dataset, config)
     meta_model(config, dataset.vocab)
     if config.track and not importlib.util.find_spec(config.track):
         raise ValueError(f"track={config.track!r} is not installed: pip install {config.track}")
@@ -150,7 +150,7 @@ def train(config, folder, going_on=False):
                          f"no checkpoint in {config.out_dir} is whole: delete them to start again")
     dataset.vocab = seen.vocab = starting_vocab(found or config.init_from, dataset.vocab)
     fill_start = check(config, dataset, world, found)
-    loader, held_out = make_loader(config, dataset), make_loader(config, seen, True) if len(seen) else None
+    loader, held_out = Loader(dataset, config), Loader(seen, config, held_out=True) if len(seen) else None
 
     # the model: made without memory, shared out over the workers, then filled
     dtype = compute_dtype(config.dtype, device)

@@ -8,7 +8,7 @@ from conftest import ROOT, run_here
 
 from anneal import annealing_settings
 from checkpoint import load_model
-from config import load_config
+from config import Config, load_config
 from data import Dataset, Loader
 from interleave import speech_frames, undelay
 from tokenize_text import TextTokenizer
@@ -56,14 +56,14 @@ def test_utterances_that_follow_each_other_are_joined(tiny_data):
     dataset.index[:, 4] = np.arange(len(dataset)) // 7          # speakers with seven utterances each
     dataset.by_speaker, dataset.speakers = np.arange(len(dataset)), dataset.index[:, 4]
     tokenizer = TextTokenizer.load(f"{tiny_data}/text_tokenizer")
-    loader = Loader(dataset, {"asr": 1, "tts": 1}, 2, 1024, 20, 0, splice=250,
-                    tokenizer=tokenizer)
+    loader = Loader(dataset, Config(mixture={"asr": 1, "tts": 1}, prompt_len=20, splice_frames=250))
     assert 7 > loader.joinable.max() > 2 and loader.joinable.min() == 1
     i = int(loader.joinable.argmax())
-    seed, members = int(loader.joinable[i]) - 1, range(i, i + int(loader.joinable[i]))
+    members = loader.members("asr", i, int(loader.joinable[i]) - 1)
+    assert members == list(range(i, i + int(loader.joinable[i])))
     assert sum(len(dataset[k][0]) for k in members) <= 250
     assert len({dataset[k][2] for k in members}) == 1, "one speaker"
-    tokens = loader.document("asr", i, seed)[0]
+    tokens = loader.document("asr", members, 0)[0]
     assert len(tokens) - 1 == loader.length("asr", members)
     speech = speech_frames(dataset.vocab, np.concatenate([dataset[k][0] for k in members]))
     assert (tokens[3:3 + len(speech)] == speech).all()
@@ -85,8 +85,9 @@ def test_a_curriculum_comes_first_and_one_folder_at_a_time(tiny_data, tiny_flags
     config = load_config([*flags, f"--data={tiny_data}", "--max_steps=10",
                           "--curriculum=" + str({short: 0.2, longer: 0.4})])
     dataset = train.open_data(config, tiny_data)
-    loader = train.make_loader(config, dataset)
-    drawn = [{int(dataset.source[i]) for row in loader.plan(step) for _, i, _ in row} for step in range(10)]
+    loader = Loader(dataset, config)
+    drawn = [{int(dataset.source[i]) for row in loader.plan(step) for _, (i,), _ in row}
+             for step in range(10)]
     assert drawn == [{1}] * 2 + [{2}] * 4 + [{0}] * 4
     config.curriculum[longer] = 0.9
     with pytest.raises(ValueError, match="1 in all at most"):
@@ -99,8 +100,8 @@ def test_folders_are_drawn_by_their_weights_and_must_share_tokenizers(tiny_data,
     dataset = Dataset(tiny_data, "train", others=[other])
     assert len(dataset) == 300 and dataset.info["id"][0] == dataset.info["id"][150]
     assert not set(dataset.index[:150, 4]) & set(dataset.index[150:, 4]), "speakers of two folders are others"
-    loader = Loader(dataset, {"asr": 1, "text": 1}, 4, 768, 20, 0, shares=[3.0, 1.0])
-    drawn = [dataset.source[i] for step in range(40) for row in loader.plan(step) for _, i, _ in row]
+    loader = Loader(dataset, Config(mixture={"asr": 1, "text": 1}, datasets={tiny_data: 3.0, other: 1.0}))
+    drawn = [dataset.source[i] for step in range(40) for row in loader.plan(step) for _, (i,), _ in row]
     assert np.mean(drawn) == pytest.approx(0.25, abs=0.04)
     shutil.copytree(tiny_data, foreign)
     with open(f"{foreign}/audio_tokenizer/codebooks.safetensors", "ab") as f:

@@ -12,6 +12,7 @@ import soundfile
 from conftest import ROOT, TINY, run_here
 
 import prepare
+from config import Config
 from data import Dataset, Loader
 from shards import check_shards
 from spoken_numbers import cardinal, digits, is_evaluation_text, plan_corpus, speakers
@@ -146,9 +147,10 @@ def test_bad_utterances_are_counted_and_named(messy_corpus, tmp_path, capsys):
     assert f"{len(expected)} rejects" in capsys.readouterr().out
     lengths = {name: row[[1, 3]].tolist() for name, row in zip(dataset.info["id"], dataset.index)}
     assert lengths["words"][0] == 0 and lengths["sound"][1] == 0, "text alone and speech alone"
-    loader = Loader(dataset, {"asr": 1, "speech": 1, "text": 1}, 2, 512, 10, 0)
+    mixture = {"asr": 1, "speech": 1, "text": 1}
+    loader = Loader(dataset, Config(mixture=mixture, row_frames=512, prompt_len=10))
     drawn = {(task, dataset.info["id"][i]) for step in range(60) for row in loader.plan(step)
-             for task, i, _ in row}
+             for task, (i,), _ in row}
     assert {("text", "words"), ("speech", "sound")} <= drawn
     assert not {("asr", "words"), ("asr", "sound"), ("text", "sound"), ("speech", "words")} & drawn
     card = open(f"{folder}/README.md").read()
