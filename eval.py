@@ -164,15 +164,17 @@ def find_data(speaker, folder=None):
     raise ValueError(f"no prepared data at {known}: name them, --data=FOLDER")
 
 
-def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto", best=1, n=None, join=1):
+def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto", best=1, n=None, join=1,
+             guidance=None):
     """Measure everything, write results.json, wavs and curves.png into the run's folder; returns results.
-    n: utterances of each test, instead of what the run's configuration says.  join: so many utterances of a
-    speaker as one, long one; then the files are results_join3.json and so on, and the curves stay as they
-    are."""
+    n: utterances of each test, and guidance of synthesis, instead of what the run's configuration says.
+    join: so many utterances of a speaker as one, long one; then the files are results_join3.json and so on,
+    and the curves stay as they are."""
     began, speaker = time.time(), Speaker(run, quant=quant, dtype=dtype)
     run, c = speaker.run, speaker.config
     if n is not None:
         c.eval_utterances = c.tts_utterances = n
+    c.guidance = c.guidance if guidance is None else guidance
     c.max_speech_s, joined = c.max_speech_s * join, suffix(join)
     data = find_data(speaker, data)
     seen, unseen = (Dataset(data, split, token_streams=c.token_streams) for split in ("seen", "unseen"))
@@ -284,6 +286,7 @@ def main(arguments):
     parser.add_argument("--n", type=int, help="utterances of each test (default: as in the configuration)")
     parser.add_argument("--join", type=int, default=1, help="so many utterances of a speaker as a long one")
     parser.add_argument("--best", type=int, default=1, help="TTS again by the best of so many samples")
+    parser.add_argument("--guidance", type=float, help="of synthesis (default: as in the configuration)")
     parser.add_argument("--voice", action="store_true", help="speaker similarity, DNSMOS, pitch and rate too")
     for flag in ("--text", "--choices"):
         parser.add_argument(flag, action="append", default=[], metavar="FILE", help="see eval_text.py")
@@ -302,7 +305,7 @@ def main(arguments):
         print(compare(args.run, args.compare, join=args.join))
         return 0
     found = evaluate(args.run, args.whisper, args.data, args.quant, args.dtype, args.best, args.n,
-                     args.join)
+                     args.join, args.guidance)
     print(table(found))
     return max(3 if found["not_available"] else 0, *(further(script, args) for script in ("voice", "text")))
 

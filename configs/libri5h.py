@@ -1,5 +1,5 @@
 # Recognition of real speech in an hour or two of two cores: SmolLM2-135M, Whisper-base's encoder and k-means,
-# four hours of LibriSpeech. docs/data.md has the commands that make its data, and what came of it.
+# four hours of LibriSpeech. docs/real_run.md has the commands that make its data, and what came of it.
 parent = "135m.py"
 out_dir = "out/libri5h"
 lower = True                # LibriSpeech is all capitals, which SmolLM2 reads badly

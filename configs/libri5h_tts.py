@@ -1,4 +1,4 @@
-# Synthesis after recognition: from out/libri5h, short pieces first again. See docs/data.md.
+# Synthesis after recognition: from out/libri5h, short pieces first again. See docs/real_run.md.
 parent = "libri5h.py"
 out_dir = "out/libri5h_tts"
 init_from = "out/libri5h"
