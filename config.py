@@ -155,6 +155,10 @@ def load_config(arguments):
         config.text_model = config.init_from
     if config.splice_frames and config.recombine_frames:
         raise ValueError("splice_frames and recombine_frames both join utterances: set one of them to 0")
+    speaks, alone = {"tts", "plain_tts"} & config.mixture.keys(), config.mixture.get("speech")
+    if config.guidance != 1 and speaks and not alone:
+        raise ValueError("guidance of synthesis is away from what the model would say of itself: it needs a "
+                         "little of the task speech in the mixture, or --guidance=1")
     return config
 
 

@@ -25,7 +25,8 @@ def test_flags_win_over_the_file(tmp_path):
     ("--max_step=3", "did you mean 'max_steps'"), ("--lr=fast", "takes float, not str"),
     ("--max_steps=1.5", "takes int"), ("--mixture=[1]", "takes dict"),
     ("--max_steps", "write --max_steps=value"), ("configs/none.py", "no config file"),
-    ("--splice_frames=500 --recombine_frames=500", "set one of them to 0")])
+    ("--splice_frames=500 --recombine_frames=500", "set one of them to 0"),
+    ("--guidance=2 --mixture={'tts':1}", "a little of the task speech")])
 def test_wrong_settings_name_the_way_out(flag, message):
     with pytest.raises(ValueError, match=message):
         load_config(flag.split())
