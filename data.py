@@ -185,31 +185,29 @@ class Loader:
         """config: config.py's Config, of which we read what shapes sequences and batches.  held_out:
         utterances as they are: none joined or masked, none from other folders, and longer rows, where one
         needs them, instead of an error."""
-        self.dataset, self.vocab, self.config, self.held_out = dataset, dataset.vocab, config, held_out
-        c, mixture = config, config.mixture
-        for task in mixture:
+        c = config if not held_out else replace(config, datasets={}, curriculum={}, splice_frames=0,
+                                                recombine_frames=0, time_masks=0)
+        self.dataset, self.vocab, self.config, self.held_out = dataset, dataset.vocab, c, held_out
+        for task in c.mixture:
             if task not in TASKS:
                 raise ValueError(f"unknown task {task!r} in the mixture; "
                                  f"interleave.py has {', '.join(TASKS)}")
         self.row_frames = c.row_frames
         self.weights = self.vocab.weights(c.special_weight, c.frame_weight, c.semantic_share)
-        self.recombine, splice, self.time_masks = ((0, 0, 0) if held_out else
-                                                   (c.recombine_frames, c.splice_frames, c.time_masks))
-        joins = self.recombine or splice
+        joins = c.recombine_frames or c.splice_frames
         self.tokenizer = TextTokenizer.load(f"{dataset.folder}/text_tokenizer") if joins else None
         self.border = len(self.tokenizer.separator()) if joins else 0   # text tokens between joined texts
         self.dropped = 0            # drawn but did not fit, over the life of this loader
-        self.tasks = [task for task, weight in mixture.items() if weight > 0]
-        share = np.array([mixture[task] for task in self.tasks], float)
+        self.tasks = [task for task, weight in c.mixture.items() if weight > 0]
+        share = np.array([c.mixture[task] for task in self.tasks], float)
         self.share = np.cumsum(share / share.sum())
         self.frames, self.tokens = (np.concatenate([[0], np.cumsum(dataset.index[:, k])]) for k in (1, 3))
         self.heard = np.append(0, np.cumsum(dataset.count_changes())) if c.semantic_asr else self.frames
-        self.joinable = self.find_joinable(splice)
-        places = [dataset.folder] if held_out else sources(c, dataset.folder)
-        weights = {dataset.folder: 1.0} if held_out or not c.datasets else c.datasets
+        self.joinable = self.find_joinable(c.splice_frames)
+        places, weights = sources(c, dataset.folder), c.datasets or {dataset.folder: 1.0}
         ends = np.rint(np.cumsum([0.0, *c.curriculum.values()]) * c.max_steps)[1:]
         # (number of a folder, step): until that step examples come from that folder alone
-        self.lessons = [] if held_out else list(zip(map(places.index, c.curriculum), ends))
+        self.lessons = list(zip(map(places.index, c.curriculum), ends))
         self.pool, self.folder_share = {}, {}
         for task in self.tasks if len(dataset) else ():
             self.fill_pool(task, [weights.get(place, 0.0) for place in places])
@@ -272,12 +270,13 @@ class Loader:
 
     def members(self, task, i, seed):
         """Utterances [number] that the example (task, i, seed) joins: i and, from none to as many as can be,
-        those after it; to recombine, others of its speaker, up to a random share of `recombine`."""
-        if not self.recombine or not {"speech", "text"} <= {segment.of for segment in TASKS[task][1]}:
+        those after it; to recombine, others of its speaker, up to a random share of recombine_frames."""
+        longest = self.config.recombine_frames
+        if not longest or not {"speech", "text"} <= {segment.of for segment in TASKS[task][1]}:
             return list(range(i, i + 1 + seed % int(self.most(task, i))))
         rng, group, found = np.random.default_rng((seed, 2)), self.dataset.of_speaker(i), [i]
         frames = self.ends(task)
-        room = rng.integers(self.recombine + 1) - (frames[i + 1] - frames[i])
+        room = rng.integers(longest + 1) - (frames[i + 1] - frames[i])
         while len(group) > 1:
             i = int(group[rng.integers(len(group))])
             room -= frames[i + 1] - frames[i]
@@ -325,9 +324,9 @@ class Loader:
         text = self.join([part[1] for part in parts])
         entries = {"speech": speech_frames(self.vocab, codes, task == "asr" and c.semantic_asr),
                    "text": text_frames(self.vocab, text)}
-        if task == "asr" and self.time_masks:
+        if task == "asr" and c.time_masks:
             rng = np.random.default_rng((seed, 1))
-            entries["speech"] = mask_time(entries["speech"], self.time_masks, c.time_mask_width, rng)
+            entries["speech"] = mask_time(entries["speech"], c.time_masks, c.time_mask_width, rng)
         if any(segment.of == "prompt" for segment in TASKS[task][1]):
             prompt = self.dataset.draw_prompt(members[0], c.prompt_len, np.random.default_rng(seed), members)
             entries["prompt"] = prompt_frames(self.vocab, prompt, c.prompt_len)
