@@ -1,6 +1,7 @@
 """Claim: text is judged by what the model itself predicts, the same for one document and for many."""
 import json
 import math
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,8 @@ from heads import stream_logits
 from interleave import Vocab, text_frames
 from sample import Speaker
 from tokenize_text import TextTokenizer
+
+N_MMLU = int(os.environ.get("NANO_MMLU", 3))        # questions that are asked of transformers too
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +75,10 @@ def test_the_likeliest_choice_wins_and_letters_follow_their_examples(speaker, tm
 
 
 def test_mmlu_of_the_real_smollm2_is_what_transformers_gives(smollm2):
-    """Log probabilities of the letters after five examples, of three questions."""
+    """Log probabilities of the letters after five examples, of three questions, or NANO_MMLU=500."""
     transformers = pytest.importorskip("transformers")
     folder = shared_folder() / "data/text"
-    rows, shots = read_rows(folder / "mmlu_test.jsonl", 3), read_rows(folder / "mmlu_dev.jsonl")
+    rows, shots = read_rows(folder / "mmlu_test.jsonl", N_MMLU), read_rows(folder / "mmlu_dev.jsonl")
     config = load_config([str(ROOT / "configs/135m.py"), f"--init_from={smollm2}"])
     n_text = TextTokenizer.load(smollm2).n_text
     model, tokenizer = base_model(SimpleNamespace(config=config, vocab=Vocab(9, 9, 8, n_text)), smollm2)
