@@ -103,7 +103,7 @@ class Manifest:
                 raise ValueError(row["id"] or line[:40], f"empty {field}")
         if row["split"] not in SPLITS:
             raise ValueError(row["id"], f"split {row['split']!r}: we know {', '.join(SPLITS)}")
-        row["speed"] = to_speed(raw.get("speed") or 1, row["id"])
+        row["speed"] = to_speed(1 if raw.get("speed") in (None, "") else raw["speed"], row["id"])
         if row["speed"] != 1 and row["split"] != "train":
             raise ValueError(row["id"], "speed other than 1 in evaluation: that is for training speech")
         row["text"] = "" if row["text"] == "-" else row["text"]
@@ -131,9 +131,10 @@ class Manifest:
 
 
 def to_speed(value, *name):
+    """A manifest's speed, or that of an argument -> float. ValueError(*name, reason) if it is none."""
     try:
         speed = float(value)
-    except ValueError:
+    except (TypeError, ValueError):
         speed = 0.0
     if not SPEEDS[0] <= speed <= SPEEDS[1]:
         raise ValueError(*name, f"speed {value!r}: a number from {SPEEDS[0]} to {SPEEDS[1]}")

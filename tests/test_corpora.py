@@ -1,4 +1,5 @@
 """Claim: corpora as they are downloaded become manifests that prepare.py reads."""
+import json
 import tracemalloc
 
 import numpy as np
@@ -68,6 +69,11 @@ def test_speed_perturbation_is_a_row_that_is_played_faster(tmp_path):
         with open(tmp_path / "all.tsv", "a") as f:
             f.write(line)
         assert reason in Manifest(str(tmp_path / "all.tsv")).rejects[-1][1]
+    row = {"audio": "a.wav", "text": "x", "speaker": "s", "split": "train"}
+    (tmp_path / "m.jsonl").write_text("".join(
+        json.dumps(row | {"id": str(i), "speed": speed}) + "\n" for i, speed in enumerate(([1], 0, None))))
+    found = Manifest(str(tmp_path / "m.jsonl"))
+    assert [name for name, _ in found.rejects] == ["0", "1"] and len(found.offsets) == 1
     for description, message in ((f"manifest@9:train:{tmp_path}/m.tsv", "speed '9': a number"),
                                  (f"manifest:train:{tmp_path}/all.tsv", "has a speed; name the layout")):
         code, _, err = run_here(ROOT / "corpora.py", tmp_path / "no.tsv", description)
