@@ -75,10 +75,16 @@ def actions(speaker):
     def random_numbers(seed):
         return torch.Generator().manual_seed(int(seed or 0))
 
+    def prompt_of(voice):
+        """Codes of a voice's recording; None without one, if the model learned to speak without."""
+        if not voice and speaker.config.mixture.get("plain_tts"):
+            return None
+        return speaker.encode(recording(voice, "a voice"))
+
     def speak(text, voice, seed):
         """-> (a piece of sound or None, the whole or None, a line)"""
         text, generator = checked(text), random_numbers(seed)
-        prompt = speaker.encode(recording(voice, "a voice"))
+        prompt = prompt_of(voice)
         began, first, pieces = time.time(), None, []
         for part in cut_text(text):
             for piece in speaker.synthesise_stream(part, prompt, generator):
@@ -110,7 +116,7 @@ def actions(speaker):
                            f"{'with' if ended else 'without'} an end; {time.time() - began:.2f} s")
 
     def look_at_speech(text, voice, seed):
-        prompt = speaker.encode(recording(voice, "a voice"))
+        prompt = prompt_of(voice)
         yield framed(explain_tts(speaker, checked(text), prompt, random_numbers(seed))[0])
 
     def look_at_reading(speech):

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import prepare
 from checkpoint import same_vocab
-from data import Dataset, Loader
+from data import Dataset, Loader, prompt_frames
 from heads import batch_loss, mean_losses, weighted_loss
 from interleave import speech_frames, text_frames, training_example
 from plot import plot_comparison, plot_curves, read_run
@@ -59,6 +59,11 @@ def suffix(join):
     return f"_join{join}" if join > 1 else ""
 
 
+def synthesis_task(speaker):
+    """How the model speaks: "tts", with a voice prompt, "plain_tts", without, or None."""
+    return next((task for task in ("tts", "plain_tts") if speaker.config.mixture.get(task)), None)
+
+
 def evaluate_asr(speaker, dataset, groups):
     if not groups:
         return {"wer": None, "n": 0}, []
@@ -67,16 +72,22 @@ def evaluate_asr(speaker, dataset, groups):
     return error_report(references, hypotheses) | {"n": len(groups)}, list(zip(references, hypotheses))
 
 
+def draw_prompts(speaker, dataset, groups, rng):
+    """For each group a voice prompt [codes (T, N)] from elsewhere; None for all if the model takes none."""
+    c = speaker.config
+    return [dataset.draw_prompt(group[0], c.prompt_len, rng, group) if c.mixture.get("tts") else None
+            for group in groups]
+
+
 def evaluate_tts(speaker, dataset, groups, folder, whisper=None, best=1, seed=0):
     """Speak the texts of `groups`, prompted by another utterance of the speaker; have them read. best: and
     again by the best of so many samples, as its own ASR hears them."""
     n = len(groups)
-    speaks = {"tts", "plain_tts"} & {task for task, weight in speaker.config.mixture.items() if weight > 0}
-    if n == 0 or not speaks or speaker.config.token_streams == "semantic":  # semantic tokens have no sound
+    if n == 0 or not synthesis_task(speaker) or speaker.config.token_streams == "semantic":     # no sound
         return {"own_asr": {"wer": None, "n": 0, "ended": None}, "whisper": None}, []
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     references = [" ".join(dataset.info["text"][i] for i in group) for group in groups]
-    prompts = [dataset.draw_prompt(group[0], speaker.config.prompt_len, rng, group) for group in groups]
+    prompts = draw_prompts(speaker, dataset, groups, rng)
     spoken = speaker.synthesise(references, prompts, generator)
     wavs = {"wer": [speaker.decode(codes) for codes, _ in spoken]}
     if best > 1:
@@ -120,7 +131,7 @@ def perplexities(speaker, dataset, n_batch=4):
     c = speaker.config
     if len(dataset) == 0:
         return None
-    mixture = {task: 1 for task in ("asr", "tts") if c.mixture.get(task)} or c.mixture
+    mixture = {task: 1 for task in ("asr", synthesis_task(speaker)) if c.mixture.get(task)} or c.mixture
     loader = Loader(dataset, replace(c, mixture=mixture, batch_rows=2, seed=0), held_out=True)
     reports = [batch_loss(speaker.model, loader.batch(step), c.softmax)[1] for step in range(n_batch)]
     losses = mean_losses([sum(column) for column in zip(*reports)], loader.vocab.stream_names)
@@ -128,25 +139,31 @@ def perplexities(speaker, dataset, n_batch=4):
 
 
 @torch.no_grad()
-def listening(speaker, dataset, n=40):
-    """Does the model listen? Nats a word that transcripts cost it after their own speech, and after another
-    utterance's -> {"own", "other"}. As long as they are equal it is a language model and nothing else."""
-    n, vocab, scope, result = min(n, len(dataset)), speaker.vocab, speaker.config.softmax, {}
+def listening(speaker, dataset, task, n=40):
+    """Does the model heed what it is given? asr: nats a word that transcripts cost it after their own speech
+    and after another utterance's; tts, plain_tts: nats a frame that semantic tokens cost after their own text
+    and another's -> {"own", "other"}. As long as they are equal it hears, or reads, nothing."""
+    n, c, vocab, result = min(n, len(dataset)), speaker.config, speaker.vocab, {}
     if n < 2:
         return None
-    words = sum(len(text.split()) for text in dataset.info["text"][:n])
+    hears, rng = task == "asr", np.random.default_rng(0)
+    prompts = draw_prompts(speaker, dataset, [[i] for i in range(n)], rng) if task == "tts" else []
     for name, shift in (("own", 0), ("other", 1)):
-        nats = 0.0
+        nats, count = 0.0, 0
         for i in range(n):
-            codes = dataset[(i + shift) % n][0]
-            entries = {"speech": speech_frames(vocab, codes, speaker.config.semantic_asr),
-                       "text": text_frames(vocab, dataset[i][1])}
-            rows = training_example(vocab, "asr", entries, vocab.weights(), "target")
+            other = (i + shift) % n
+            codes, text_ids = dataset[other if hears else i][0], dataset[i if hears else other][1]
+            entries = {"speech": speech_frames(vocab, codes, hears and c.semantic_asr),
+                       "text": text_frames(vocab, text_ids)}
+            if prompts:
+                entries["prompt"] = prompt_frames(vocab, prompts[i], c.prompt_len)
+            rows = training_example(vocab, task, entries, vocab.weights(), "target")
             tokens, targets, weight, modality = rows
             hidden = speaker.model(tokens, [len(tokens)])
-            losses = weighted_loss(speaker.model, hidden, targets, weight, modality, scope)[1]
+            losses = weighted_loss(speaker.model, hidden, targets, weight, modality, c.softmax)[1]
             nats += float(losses[weight[:, 0] > 0, 0].sum())
-        result[name] = nats / words
+            count += len(dataset.info["text"][i].split()) if hears else len(codes)
+        result[name] = nats / count
     return result
 
 
@@ -190,7 +207,8 @@ def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto", best=1
     results["tts"], transcripts["tts"] = evaluate_tts(
         speaker, voices, groups, f"{run}/wavs{joined}", whisper, best)
     results["not_available"] = {"TTS WER by Whisper": missing} if missing else {}
-    results["listening"] = listening(speaker, voices)
+    heeds = [task for task in ("asr", synthesis_task(speaker)) if c.mixture.get(task)]
+    results["listening"] = {task: listening(speaker, voices, task) for task in heeds}
     results["perplexity"] = {"seen": perplexities(speaker, seen), "unseen": perplexities(speaker, unseen)}
     record = {"seconds": {}}
     if os.path.exists(f"{run}/run.json"):           # what train.py measured of itself
@@ -243,9 +261,11 @@ def table(results):
         lines += [f"TTS, {name.replace('_', ' ')}, by {judge}: {percent(value)}"
                   for name, value in found.items() if name.startswith("best_of")]
     lines += [f"{row}: not available: {how}" for row, how in results["not_available"].items()]
-    if results["listening"]:
-        own, other = results["listening"]["own"], results["listening"]["other"]
-        lines.append(f"text, nats a word    {own:.2f} after its own speech, {other:.2f} after another's")
+    for task, found in results["listening"].items():
+        what, after = ("text, nats a word", "speech") if task == "asr" else ("semantic, a frame", "text")
+        if found:
+            lines.append(f"{what:20s} {found['own']:.2f} after its own {after}, {found['other']:.2f} after "
+                         "another's")
     for name, values in results["perplexity"].items():
         if values:
             lines.append(f"perplexity, {name:6s}   " + "  ".join(f"{k} {v:.1f}" for k, v in values.items()))

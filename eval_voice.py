@@ -104,7 +104,8 @@ def speak(speaker, dataset, n, seed=0):
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     prompts = [dataset.draw_prompt(i, speaker.config.prompt_len, rng) for i in range(n)]
     texts = dataset.info["text"][:n]
-    spoken = speaker.synthesise(texts, prompts, generator)
+    given = prompts if speaker.config.mixture.get("tts") else [None] * n
+    spoken = speaker.synthesise(texts, given, generator)
     who = dataset.index[:, 4]
     strangers = [int(rng.choice(np.flatnonzero(who != who[i]))) for i in range(n)]
     decode = lambda group: [speaker.decode(codes) for codes in group]

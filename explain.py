@@ -100,10 +100,10 @@ def look(speaker, task, entries, head=None):
     tokens, targets, weight, modality = training_rows([document], vocab.weights(), vocab.delay)
     aligned = document[0]                                                       # (T, N)
     kind = aligned[:, 0]
-    first = len(aligned) - N - len(entries["speech"]) if task == "tts" else 3   # of the speech itself
+    first = len(aligned) - N - len(entries["speech"]) if task != "asr" else 3   # of the speech itself
     speech = torch.arange(first, first + len(entries["speech"]))
     text = ((kind >= vocab.text[0]) & (kind < vocab.text[1])).nonzero()[:, 0]
-    said, source = (speech, text) if task == "tts" else (text, speech)
+    said, source = (speech, text) if task != "asr" else (text, speech)
     alignment = Alignment(said - 1, source, head)       # row t predicts row t + 1
     probability, entropy = inside(speaker.model, tokens, targets, weight, modality, alignment)
     if alignment.map is None:
@@ -133,14 +133,14 @@ def picture(task, wav, names, seen, text, frame_s):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     _, probability, entropy, speech, _, alignment = seen
-    n_row = 4 if task == "tts" else 2
-    heights = [3, 2, 2, 3] if task == "tts" else [3, 4]
+    n_row = 4 if task != "asr" else 2
+    heights = [3, 2, 2, 3] if task != "asr" else [3, 4]
     figure, axes = plt.subplots(n_row, 1, figsize=(12, 2.4 * n_row), height_ratios=heights, sharex=True,
                                 layout="constrained")
     seconds = len(wav) / SAMPLE_RATE
     axes[0].specgram(wav, NFFT=512, Fs=SAMPLE_RATE, noverlap=352, vmin=-140, cmap="magma")
     axes[0].set(ylabel="Hz", title="spectrogram")
-    if task == "tts":
+    if task != "asr":
         p = probability[speech].T.numpy()                                       # (N, L)
         image = axes[1].imshow(p, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest",
                                extent=(0, seconds, len(names) - 0.5, -0.5))
@@ -151,7 +151,7 @@ def picture(task, wav, names, seen, text, frame_s):
             axes[2].plot(time, entropy[speech, n], label=names[n], linewidth=1)
         axes[2].set(ylabel="bits", title="entropy: how undecided the model was")
         axes[2].legend(fontsize=8, loc="upper right", framealpha=0.3)
-    where = alignment.map.T if task == "tts" else alignment.map                 # (text, speech)
+    where = alignment.map.T if task != "asr" else alignment.map                 # (text, speech)
     axes[-1].imshow(where, aspect="auto", cmap="viridis", interpolation="nearest",
                     extent=(0, seconds, len(where) - 0.5, -0.5))
     axes[-1].set(yticks=range(len(text)), yticklabels=text, xlabel="seconds",
@@ -210,17 +210,19 @@ def page(speaker, task, text, wavs, entries, about, head=None):
 
 
 def explain_tts(speaker, text, prompt, generator, head=None):
-    """Speak a text and show what went on -> (HTML, wav)."""
+    """Speak a text, in a voice prompt [codes (T, N)] or None, and show what went on -> (HTML, wav)."""
     [(codes, ended)] = speaker.synthesise([text], [prompt], generator)
     if len(codes) < 3:
         raise ValueError("the model ended at once: there is nothing to look at; try another --seed")
     c, wav = speaker.config, speaker.decode(codes)
-    entries = {"text": speaker.ids(text), "speech": speech_frames(speaker.vocab, codes),
-               "prompt": prompt_frames(speaker.vocab, prompt[:c.prompt_len], c.prompt_len)}
+    entries = {"text": speaker.ids(text), "speech": speech_frames(speaker.vocab, codes)}
     about = (f"{speaker.run}: {len(codes)} frames, {len(wav) / SAMPLE_RATE:.2f} s, "
              + ("ended by itself" if ended else "cut at its limit"))
-    wavs = {"spoken by the model": wav, "voice prompt": speaker.decode(prompt[:c.prompt_len])}
-    return page(speaker, "tts", text, wavs, entries, about, head), wav
+    wavs, task = {"spoken by the model": wav}, "plain_tts"
+    if prompt is not None:
+        entries["prompt"], task = prompt_frames(speaker.vocab, prompt[:c.prompt_len], c.prompt_len), "tts"
+        wavs["voice prompt"] = speaker.decode(prompt[:c.prompt_len])
+    return page(speaker, task, text, wavs, entries, about, head), wav
 
 
 def explain_asr(speaker, wav, head=None):
@@ -240,15 +242,15 @@ def explain_asr(speaker, wav, head=None):
 def explain(speaker, args, generator):
     """Write the page args.explain about the one utterance that sample.py's arguments name."""
     head = tuple(int(part) for part in args.head.split(",")) if args.head else None
-    if args.task == "tts" and args.prompt:
-        prompt = speaker.encode(load_audio(args.prompt))
+    if args.task == "tts":
+        prompt = speaker.encode(load_audio(args.prompt)) if args.prompt else None
         made, wav = explain_tts(speaker, " ".join(args.input), prompt, generator, head)
         soundfile.write(args.out, wav, SAMPLE_RATE)
     elif args.task == "asr":
         made, text = explain_asr(speaker, load_audio(args.input[0]), head)
         print(text)
     else:
-        raise ValueError("--explain goes with asr of one file, or tts of one text with a --prompt")
+        raise ValueError("--explain goes with asr of one file, or tts of one text")
     with open(args.explain, "w", encoding="utf-8") as f:
         f.write(made)
     print(f"{args.explain}: open it in a browser")

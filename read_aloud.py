@@ -1,6 +1,7 @@
 """Read aloud: synthetic voices read texts that nobody recorded. Helper of prepare.py, for small corpora.
 
   python read_aloud.py my/aloud austen.txt moby.txt --hours=5      my/aloud/wav/*.flac, my/aloud/manifest.tsv
+  python read_aloud.py my/one austen.txt --voice=hibari            one voice as it is, to learn synthesis from
 Programs that speak English at a hundred times real time on one core, without a download of voices:
   hibari    pip install hibari-tts, one female voice
   flite     a package of Debian and others, three voices
@@ -21,6 +22,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+from corpora import SPLITS
 from script import run_script
 from shards import write_file
 from tokenize_audio import to_mono_16k
@@ -33,25 +35,25 @@ SPOKEN = {"Mr.": "Mister", "Mrs.": "Missus", "Dr.": "Doctor", "St.": "Saint", "&
           "—": ", ", "’": "'", "“": '"', "”": '"', "_": ""}
 
 
-def passages(text, rng):
-    """A book -> passages as they are read, whole sentences, some WORDS long. A sentence with anything but
+def passages(text, rng, words=WORDS):
+    """A book -> passages as they are read, whole sentences, so many words long. A sentence with anything but
     letters and punctuation in it ends a passage and is left out: who knows how "1814" or "Esq." is read?"""
     for short, spoken in SPOKEN.items():
         text = text.replace(short, spoken)
-    passage, n, goal = [], 0, int(rng.integers(*WORDS))
+    passage, n, goal = [], 0, int(rng.integers(*words))
     for sentence in re.split(r"(?<=[.!?;])[\"')]*\s+", " ".join(text.split())):
         size = len(sentence.split())
         plain = re.fullmatch(r"[A-Za-z ,.;:!?'\"()-]+", sentence)
         plain = plain and not re.search(r"[A-Z]{2}|[A-Za-z]\.[A-Za-z]", sentence)        # NATO, e.g.
-        if n and (not plain or n + size > WORDS[1]):
-            if n >= WORDS[0]:
+        if n and (not plain or n + size > words[1]):
+            if n >= words[0]:
                 yield " ".join(passage)
-            passage, n, goal = [], 0, int(rng.integers(*WORDS))
-        if plain and size <= WORDS[1]:
+            passage, n, goal = [], 0, int(rng.integers(*words))
+        if plain and size <= words[1]:
             passage, n = [*passage, sentence], n + size
             if n >= goal:
                 yield " ".join(passage)
-                passage, n, goal = [], 0, int(rng.integers(*WORDS))
+                passage, n, goal = [], 0, int(rng.integers(*words))
 
 
 def transcript(passage):
@@ -91,13 +93,15 @@ def speak(passage, voice, pitch, pace, seed=0):
     return to_mono_16k(wav, rate * pitch)
 
 
-def read_passage(folder, passage, names):
+def read_passage(folder, passage, names, natural=False):
     """Speak a passage into a file of the folder -> name, speaker, seconds. What is said, by whom and how
-    follow from the name, so that a file that is there already is what it should be."""
-    digest = hashlib.sha256(f"{names} {passage}".encode()).hexdigest()[:12]
+    follow from the name, so that a file that is there already is what it should be. natural: voices keep
+    their own pitch and pace."""
+    digest = hashlib.sha256(f"{names} {'natural ' * natural}{passage}".encode()).hexdigest()[:12]
     rng, path = np.random.default_rng(int(digest, 16)), f"{folder}/{digest}.flac"
-    voice = names[rng.integers(len(names))]
-    pitch, pace = PITCHES[voice][rng.integers(len(PITCHES[voice]))], rng.uniform(*PACE)
+    voice, pitch, pace = names[rng.integers(len(names))], 1.0, 1.0
+    if not natural:
+        pitch, pace = PITCHES[voice][rng.integers(len(PITCHES[voice]))], rng.uniform(*PACE)
     if not os.path.exists(path):
         wav = speak(passage, voice, pitch, pace, seed=int(rng.integers(2 ** 31)))
         wav *= 0.06 / max(np.sqrt(np.mean(wav ** 2)), 1e-6)
@@ -112,22 +116,33 @@ def main(arguments):
     parser.add_argument("folder", help="for the speech and its manifest")
     parser.add_argument("texts", nargs="+", help="books as plain text")
     parser.add_argument("--hours", type=float, default=5.0, help="of speech, about")
+    parser.add_argument("--voice", choices=PITCHES, help="this one alone, at its own pitch and pace")
+    parser.add_argument("--words", type=int, nargs=2, default=WORDS, metavar=("MIN", "MAX"),
+                        help="of an utterance")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="of the manifest")
     args = parser.parse_args(arguments)
     names, rng, found = voices(), np.random.default_rng(0), []
+    if args.voice and args.voice not in names:
+        raise ValueError(f"no voice {args.voice} here: there are {', '.join(names)}; hibari comes with "
+                         "pip install hibari-tts, the others with your system's package flite")
+    if not 0 < args.words[0] < args.words[1]:
+        raise ValueError("--words=MIN MAX: at least 1, and MAX above MIN")
+    names = [args.voice] if args.voice else names
     for path in args.texts:
         with open(path, encoding="utf-8") as f:
-            found += passages(f.read(), rng)
+            found += passages(f.read(), rng, args.words)
     found = list(dict.fromkeys(found))          # each once
     if not found:
-        raise ValueError(f"no passage of whole sentences and {WORDS[0]} words in {', '.join(args.texts)}")
+        raise ValueError(f"no passage of whole sentences and {args.words[0]} words in "
+                         f"{', '.join(args.texts)}")
     os.makedirs(f"{args.folder}/wav", exist_ok=True)
-    speak_one = partial(read_passage, f"{args.folder}/wav", names=names)
+    speak_one = partial(read_passage, f"{args.folder}/wav", names=names, natural=bool(args.voice))
     rows, seconds, waiting = [], 0.0, [found[k] for k in rng.permutation(len(found))]
     with ProcessPoolExecutor() as pool, tqdm(total=args.hours, unit="h") as bar:
         while waiting and seconds < 3600 * args.hours:
             some, waiting = waiting[:64], waiting[64:]
             for passage, (name, speaker, length) in zip(some, pool.map(speak_one, some)):
-                rows.append((name, f"wav/{name}.flac", transcript(passage), speaker, "train"))
+                rows.append((name, f"wav/{name}.flac", transcript(passage), speaker, args.split))
                 seconds += length
             bar.update(seconds / 3600 - bar.n)
     header = ("id", "audio", "text", "speaker", "split")

@@ -151,13 +151,14 @@ class Speaker:
     def tts_prefix(self, text, prompt):
         """text, prompt codes (T, N) or None -> the aligned frames (T, N) that speech follows."""
         entries, c = {"text": self.ids(text)}, self.config
-        if prompt is None:
-            if not c.mixture.get("plain_tts"):
-                raise ValueError("this model has not learned to speak without a voice prompt (task "
-                                 "plain_tts): give one, --prompt voice.wav")
-            return generation_prefix(self.vocab, "plain_tts", entries)
-        entries["prompt"] = prompt_frames(self.vocab, prompt[:c.prompt_len], c.prompt_len)
-        return generation_prefix(self.vocab, "tts", entries)
+        task = "plain_tts" if prompt is None else "tts"
+        if not c.mixture.get(task):
+            raise ValueError("this model has not learned to speak " + (
+                "without a voice prompt (task plain_tts): give one, --prompt voice.wav" if prompt is None else
+                "in a voice that it is given (task tts): leave the voice prompt away"))
+        if task == "tts":
+            entries["prompt"] = prompt_frames(self.vocab, prompt[:c.prompt_len], c.prompt_len)
+        return generation_prefix(self.vocab, task, entries)
 
     def synthesise(self, texts, prompts, generator=None, batch=50):
         """Speech synthesis: [text] and voice prompts [codes (T, N) or None] -> [(codes (L, N), ended)]."""

@@ -13,14 +13,17 @@ import torch
 from conftest import ROOT, run_here
 
 from attention import KVCache
+from config import load_config
 from data import Dataset
 from decode import beam_search, generate, pick, prepare_for_decoding, step
-from eval import listening, perplexities
+from eval import evaluate, listening, perplexities, table
+from explain import explain_tts
 from heads import stream_logits
 from interleave import EOS, PAD, SPEECH, TEXT, delay, generation_prefix, speech_codes
 from model import Model, ModelConfig
 from sample import Speaker, cut_text, write_stream
 from tokenize_audio import cut_wav
+from train import train
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +234,7 @@ def test_listening_compares_an_utterances_speech_with_anothers(tiny_run, tiny_da
     """Transcripts that all follow the same speech cost the same; with speech of their own, they do not."""
     speaker, dataset = Speaker(tiny_run, dtype="float32"), Dataset(tiny_data, "seen")
     dataset.vocab = speaker.vocab
-    found = listening(speaker, dataset)
+    found = listening(speaker, dataset, "asr")
     assert found["own"] != found["other"] and 1 < found["own"] < 30
 
     class OneVoice:
@@ -239,8 +242,41 @@ def test_listening_compares_an_utterances_speech_with_anothers(tiny_run, tiny_da
         __len__ = lambda self: len(dataset)
         __getitem__ = lambda self, i: (dataset[0][0], dataset[i][1], 0)
 
-    same = listening(speaker, OneVoice())
+    same = listening(speaker, OneVoice(), "asr")
     assert same["own"] == same["other"]
+
+
+def test_listening_compares_a_text_with_anothers_too(tiny_run, tiny_data):
+    """Does synthesis read? Speech costs the same if all texts are the same, and only then."""
+    speaker, dataset = Speaker(tiny_run, dtype="float32"), Dataset(tiny_data, "seen")
+    dataset.vocab = speaker.vocab
+    found = listening(speaker, dataset, "tts")
+    assert found["own"] != found["other"] and 1 < found["own"] < 30
+
+    class OneText:
+        info, draw_prompt = dataset.info, dataset.draw_prompt
+        __len__ = lambda self: len(dataset)
+        __getitem__ = lambda self, i: (dataset[i][0], dataset[0][1], 0)
+
+    same = listening(speaker, OneText(), "tts")
+    assert same["own"] == same["other"]
+
+
+def test_a_model_of_one_voice_needs_no_prompt(tiny_flags, tiny_data, tmp_path):
+    """Of a model that learned plain_tts alone nothing asks for tts, which it does not know."""
+    run = str(tmp_path / "one")
+    train(load_config([*tiny_flags, f"--out_dir={run}", "--max_steps=3", "--max_speech_s=0.6",
+                       "--mixture={'asr': 1, 'plain_tts': 1}"]), tiny_data)
+    found = evaluate(run, n=3)
+    assert found["tts"]["own_asr"]["n"] == 3 and set(found["listening"]) == {"asr", "plain_tts"}
+    assert "acoustic8" in found["perplexity"]["seen"] and "after its own text" in table(found)
+    speaker = Speaker(run)
+    wav, about = speaker.speak("seven", None)
+    assert len(wav) and about["ended"] in (True, False)
+    with pytest.raises(ValueError, match="leave the voice prompt away"):
+        speaker.speak("seven", Dataset(tiny_data, "seen")[0][0])
+    page, _ = explain_tts(speaker, "seven three two", None, torch.Generator().manual_seed(1))
+    assert page.count("<audio") == 1
 
 
 def test_a_player_gets_bare_samples_as_they_come(monkeypatch, capsys):
