@@ -189,6 +189,8 @@ def steps(model, vocab, prefixes, modality, max_frames, min_frames=1, temperatur
     is chosen by log p = u + guidance (c - u), c after the row's own prefix, u after the unguided one: over 1,
     what follows from the prefix counts for more.
     """
+    if guidance != 1 and unguided is None:
+        raise ValueError("guidance away from what? give the unguided prefix too")
     heads = decoding_heads(model, modality)
     B, twins = len(prefixes), 1 if guidance == 1 else 2
     prefixes = [*prefixes, *[unguided] * (B * (twins - 1))]

@@ -114,7 +114,8 @@ def english():
 
 
 class Whisper:
-    """An external judge through faster-whisper: hear(wav) -> what it wrote."""
+    """An external judge through faster-whisper: hear(wav) -> what it wrote, greedily. Its usual retries, at
+    rising temperatures where it is unsure, are off: a judge says the same each time."""
 
     def __init__(self, folder):
         from faster_whisper import WhisperModel
@@ -124,8 +125,8 @@ class Whisper:
         """wav (n,) at 16 kHz, with silence around it (Whisper is poor on bare short clips) -> text."""
         silence = np.zeros(SAMPLE_RATE // 2, np.float32)
         padded = np.concatenate([silence, wav.astype(np.float32), silence])
-        segments, _ = self.model.transcribe(padded, language="en", beam_size=1, without_timestamps=True,
-                                            condition_on_previous_text=False)
+        segments, _ = self.model.transcribe(padded, language="en", beam_size=1, temperature=0.0,
+                                            without_timestamps=True, condition_on_previous_text=False)
         return " ".join(segment.text for segment in segments)
 
 

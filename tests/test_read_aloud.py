@@ -32,7 +32,9 @@ def test_passages_are_whole_sentences_that_anybody_reads_alike():
     assert read_aloud.transcript("'It's well-known,' he said - \"yes.\"") == "it's well known he said yes"
 
 
-def test_a_manifest_of_spoken_passages(tmp_path, monkeypatch):
+@pytest.fixture
+def flite(tmp_path, monkeypatch):
+    """A machine with a flite that hums, without hibari, and with a book."""
     monkeypatch.setitem(sys.modules, "hibari", None)
     flite = tmp_path / "bin/flite"
     flite.parent.mkdir()
@@ -40,6 +42,26 @@ def test_a_manifest_of_spoken_passages(tmp_path, monkeypatch):
     flite.chmod(0o755)
     monkeypatch.setenv("PATH", f"{flite.parent}:{os.environ['PATH']}")
     (tmp_path / "book.txt").write_text(BOOK)
+
+
+def test_one_voice_as_it_is(flite, tmp_path):
+    """For synthesis: one voice at its own pitch and pace; short sentences of another split to test it."""
+    job = [str(tmp_path / "one"), str(tmp_path / "book.txt"), "--hours=1"]
+    read_aloud.main([*job, "--voice=slt", "--words", "2", "9", "--split=seen"])
+    manifest = Manifest(str(tmp_path / "one/manifest.tsv"))
+    rows = list(manifest.rows(manifest.numbers("seen")))
+    assert rows and not len(manifest.numbers("train")) and {row["speaker"] for row in rows} == {"slt-1.0"}
+    for row in rows:
+        wav, letters = load_audio(row["audio"]), len(row["text"])
+        assert abs(np.abs(np.fft.rfft(wav)).argmax() * 16000 / len(wav) - 200) < 2 * 16000 / len(wav)
+        assert 0 <= len(wav) / 16000 - 0.05 * letters < 0.05 * 12 and 2 <= len(row["text"].split()) <= 9
+    with pytest.raises(ValueError, match="no voice hibari here"):
+        read_aloud.main([*job, "--voice=hibari"])
+    with pytest.raises(ValueError, match="MAX above MIN"):
+        read_aloud.main([*job, "--words", "9", "2"])
+
+
+def test_a_manifest_of_spoken_passages(flite, tmp_path):
     job = [str(tmp_path / "aloud"), str(tmp_path / "book.txt"), "--hours=1"]
     read_aloud.main(job)
     manifest = Manifest(str(tmp_path / "aloud/manifest.tsv"))
