@@ -155,11 +155,16 @@ def load_config(arguments):
         config.text_model = config.init_from
     if config.splice_frames and config.recombine_frames:
         raise ValueError("splice_frames and recombine_frames both join utterances: set one of them to 0")
+    check_guidance(config)
+    return config
+
+
+def check_guidance(config):
+    """ValueError if synthesis is to be guided away from what the model never learned to say of itself."""
     speaks = any(config.mixture.get(task) for task in ("tts", "plain_tts"))
     if config.guidance != 1 and speaks and not config.mixture.get("speech"):
         raise ValueError("guidance of synthesis is away from what the model would say of itself: it needs a "
                          "little of the task speech in the mixture, or --guidance=1")
-    return config
 
 
 def save_config(config, path):

@@ -24,6 +24,7 @@ import soundfile
 import torch
 
 from checkpoint import load_model, save_model
+from config import check_guidance
 from convert import export_text, is_published
 from data import prompt_frames
 from decode import beam_search, generate, prepare_for_decoding, steps
@@ -142,8 +143,7 @@ class Speaker:
             low, high = FRAMES_A_LETTER
             shortest = [max(3, min(longest, low * len(text))) for text in texts]
             longest = [min(longest, high * len(text) + int(Tokenizer.frame_hz)) for text in texts]
-            if c.guidance != 1 and not c.mixture.get("speech"):
-                raise ValueError("guidance needs a model that has learned the task speech too: --guidance=1")
+            check_guidance(c)
             unguided = generation_prefix(self.vocab, "speech", {})
         return (SPEECH, longest, shortest, c.temperature, c.acoustic_temperature, c.top_k, generator, c.top_p,
                 unguided, c.guidance if texts else 1.0)

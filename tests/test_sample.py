@@ -205,8 +205,11 @@ def test_guidance_leads_away_from_what_the_model_would_say_of_itself(tiny_run, t
     [(codes, _)] = speaker.synthesise(["seven three"], [prompt])
     assert codes.shape[1] == 9 and (codes >= 0).all()
     speaker.config.mixture = {"tts": 1.0}
-    with pytest.raises(ValueError, match="needs a model that has learned the task speech"):
+    with pytest.raises(ValueError, match="a little of the task speech"):
         speaker.synthesise(["seven three"], [prompt])
+    start = generation_prefix(speaker.vocab, "speech", {})
+    with pytest.raises(ValueError, match="guidance away from what"):
+        generate(speaker.model, speaker.vocab, [start], SPEECH, 5, guidance=2.0)
 
 
 def test_batches_decode_like_single_utterances(tiny_run, tiny_data):
