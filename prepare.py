@@ -58,7 +58,8 @@ SETTINGS = dict(            # all that shapes the data; train.py's Config has th
     fit_utterances=700,     # the audio tokenizer is fitted on this many training utterances
     audio_tokenizer="",     # folder of a fitted tokenizer (pretrained.py), instead of the sizes above
     lower=False,            # lower-case the texts
-    text_model="word",      # word, bpe, unigram, char (sentencepiece), or the folder or hub id of an LLM
+    text_model="word",      # word, bpe, unigram, char (sentencepiece), the folder or hub id of an LLM, or the
+                            # text_tokenizer of another prepared folder
     text_vocab=0,           # its size; 0 = as many as the corpus has (word and char)
     max_audio_s=30.0,       # longer utterances are rejected
 )
@@ -89,7 +90,8 @@ def data_folder(root, settings):
         content["corpus"] = name
     if settings["text_model"] not in KINDS:
         text_tokenizer = make_text_tokenizer([], settings["text_model"], 0)
-        content["text_model"] = hashlib.sha256(text_tokenizer.files["tokenizer.json"]).hexdigest()
+        own = "text.model" if "text.model" in text_tokenizer.files else "tokenizer.json"
+        content["text_model"] = hashlib.sha256(text_tokenizer.files[own]).hexdigest()
         content["n_text"] = text_tokenizer.n_text
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
     return os.path.join(root, f"{name}-{digest}")

@@ -98,6 +98,9 @@ def small_pieces(tokenizer, n_merge):
 
     With few transcripts most long tokens never occur; short ones do, and the LLM knows them too.
     """
+    if "text.model" in tokenizer.files:
+        raise ValueError("text_vocab picks merges of an LLM's BPE; a tokenizer of our own has its size: "
+                         "--text_vocab=0")
     about = json.loads(tokenizer.files["tokenizer.json"])
     if about["model"].get("type") != "BPE":
         raise ValueError(f"text_vocab picks merges of a BPE, this is a {about['model'].get('type')} model")
@@ -108,9 +111,10 @@ def small_pieces(tokenizer, n_merge):
 def make_text_tokenizer(texts, kind, size):
     """Train a sentencepiece model of these texts, or take the one of a base LLM.
 
-    kind: "word", "bpe", "unigram", "char", or the folder or hub id of an LLM.  size: tokens; 0 = as many as
-    the texts have (word and char); for an LLM only the first so many merges of its BPE, 0 = all. Token 0 of
-    our own ones is the unknown one; there are no begin, end and pad tokens.
+    kind: "word", "bpe", "unigram", "char", the folder or hub id of an LLM, or the folder of a tokenizer that
+    was trained so before.  size: tokens; 0 = as many as the texts have (word and char); for an LLM only the
+    first so many merges of its BPE, 0 = all. Token 0 of our own ones is the unknown one; there are no begin,
+    end and pad tokens.
     """
     if kind not in KINDS:
         if not os.path.isdir(kind) and "/" not in kind:

@@ -75,6 +75,24 @@ def test_the_folder_is_named_by_what_shaped_it(tmp_path):
     assert prepare.data_folder("d", TINY | {"corpus": str(manifest)}) != before
 
 
+def test_another_corpus_in_the_tokens_of_the_first(tiny_data, tmp_path):
+    """Its tokenizers are named by their folders, so that one run can draw from both."""
+    info, folders = Dataset(tiny_data, "train").info, []
+    for name, first, text in (("a", 0, dict(text_model="bpe", text_vocab=290)), ("b", 40, {})):
+        rows = ["\t".join((f"{name}{i}", info["audio"][i], info["text"][i], "me"))
+                for i in range(first, first + 40)]
+        (tmp_path / f"{name}.tsv").write_text("\n".join(["id\taudio\ttext\tspeaker", *rows]) + "\n")
+        text = text or dict(text_model=f"{folders[0]}/text_tokenizer")
+        settings = TINY | {"corpus": str(tmp_path / f"{name}.tsv"),
+                           "audio_tokenizer": f"{tiny_data}/audio_tokenizer"}
+        folders.append(prepare.prepare(settings | text, str(tmp_path / "data")))
+    a, b = (Dataset(folder, "train") for folder in folders)
+    assert a.vocab == b.vocab and folders[0] != folders[1]
+    assert TextTokenizer.load(f"{folders[0]}/text_tokenizer").decode(b[0][1].tolist()) == b.info["text"][0]
+    with pytest.raises(ValueError, match="has its size"):
+        prepare.prepare(settings | text | {"text_vocab": 300}, str(tmp_path / "data"))
+
+
 @pytest.fixture
 def messy_corpus(tmp_path, tiny_data):
     """A jsonl manifest with good utterances of two speakers and every kind of bad one."""
