@@ -45,6 +45,14 @@ def test_actions_speak_and_read(speaker, voice):
     assert "<iframe" in last(look_at_speech("seven three", voice, 3))
 
 
+def test_a_model_of_one_voice_asks_for_none(speaker, monkeypatch):
+    import demo
+    speak, _, _, look_at_speech, _ = demo.actions(speaker)
+    monkeypatch.setitem(speaker.config.mixture, "plain_tts", 1.0)
+    assert "of sound in" in last(speak("seven three", None, 3))[2]
+    assert "<iframe" in last(look_at_speech("seven three", None, 3))
+
+
 def test_bad_input_is_a_message(speaker, voice, tmp_path):
     import demo
     speak, read, *_ = demo.actions(speaker)
