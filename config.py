@@ -159,10 +159,14 @@ def load_config(arguments):
     return config
 
 
+def synthesis_task(config):
+    """How the model speaks: "tts", with a voice prompt, "plain_tts", without, or None."""
+    return next((task for task in ("tts", "plain_tts") if config.mixture.get(task)), None)
+
+
 def check_guidance(config):
     """ValueError if synthesis is to be guided away from what the model never learned to say of itself."""
-    speaks = any(config.mixture.get(task) for task in ("tts", "plain_tts"))
-    if config.guidance != 1 and speaks and not config.mixture.get("speech"):
+    if config.guidance != 1 and synthesis_task(config) and not config.mixture.get("speech"):
         raise ValueError("guidance of synthesis is away from what the model would say of itself: it needs a "
                          "little of the task speech in the mixture, or --guidance=1")
 

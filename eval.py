@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import prepare
 from checkpoint import same_vocab
+from config import synthesis_task
 from data import Dataset, Loader, prompt_frames
 from heads import batch_loss, mean_losses, weighted_loss
 from interleave import speech_frames, text_frames, training_example
@@ -59,11 +60,6 @@ def suffix(join):
     return f"_join{join}" if join > 1 else ""
 
 
-def synthesis_task(speaker):
-    """How the model speaks: "tts", with a voice prompt, "plain_tts", without, or None."""
-    return next((task for task in ("tts", "plain_tts") if speaker.config.mixture.get(task)), None)
-
-
 def evaluate_asr(speaker, dataset, groups):
     if not groups:
         return {"wer": None, "n": 0}, []
@@ -75,15 +71,16 @@ def evaluate_asr(speaker, dataset, groups):
 def draw_prompts(speaker, dataset, groups, rng):
     """For each group a voice prompt [codes (T, N)] from elsewhere; None for all if the model takes none."""
     c = speaker.config
-    return [dataset.draw_prompt(group[0], c.prompt_len, rng, group) if c.mixture.get("tts") else None
-            for group in groups]
+    if synthesis_task(c) != "tts":
+        return [None] * len(groups)
+    return [dataset.draw_prompt(group[0], c.prompt_len, rng, group) for group in groups]
 
 
 def evaluate_tts(speaker, dataset, groups, folder, whisper=None, best=1, seed=0):
     """Speak the texts of `groups`, prompted by another utterance of the speaker; have them read. best: and
     again by the best of so many samples, as its own ASR hears them."""
-    n = len(groups)
-    if n == 0 or not synthesis_task(speaker) or speaker.config.token_streams == "semantic":     # no sound
+    n, c = len(groups), speaker.config
+    if n == 0 or not synthesis_task(c) or c.token_streams == "semantic":    # semantic tokens have no sound
         return {"own_asr": {"wer": None, "n": 0, "ended": None}, "whisper": None}, []
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     references = [" ".join(dataset.info["text"][i] for i in group) for group in groups]
@@ -131,7 +128,7 @@ def perplexities(speaker, dataset, n_batch=4):
     c = speaker.config
     if len(dataset) == 0:
         return None
-    mixture = {task: 1 for task in ("asr", synthesis_task(speaker)) if c.mixture.get(task)} or c.mixture
+    mixture = {task: 1 for task in ("asr", synthesis_task(c)) if c.mixture.get(task)} or c.mixture
     loader = Loader(dataset, replace(c, mixture=mixture, batch_rows=2, seed=0), held_out=True)
     reports = [batch_loss(speaker.model, loader.batch(step), c.softmax)[1] for step in range(n_batch)]
     losses = mean_losses([sum(column) for column in zip(*reports)], loader.vocab.stream_names)
@@ -207,7 +204,7 @@ def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto", best=1
     results["tts"], transcripts["tts"] = evaluate_tts(
         speaker, voices, groups, f"{run}/wavs{joined}", whisper, best)
     results["not_available"] = {"TTS WER by Whisper": missing} if missing else {}
-    heeds = [task for task in ("asr", synthesis_task(speaker)) if c.mixture.get(task)]
+    heeds = [task for task in ("asr", synthesis_task(c)) if c.mixture.get(task)]
     results["listening"] = {task: listening(speaker, voices, task) for task in heeds}
     results["perplexity"] = {"seen": perplexities(speaker, seen), "unseen": perplexities(speaker, unseen)}
     record = {"seconds": {}}

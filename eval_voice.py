@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import same_vocab
+from config import synthesis_task
 from data import Dataset
 from eval import find_data
 from sample import Speaker
@@ -104,7 +105,7 @@ def speak(speaker, dataset, n, seed=0):
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     prompts = [dataset.draw_prompt(i, speaker.config.prompt_len, rng) for i in range(n)]
     texts = dataset.info["text"][:n]
-    given = prompts if speaker.config.mixture.get("tts") else [None] * n
+    given = prompts if synthesis_task(speaker.config) == "tts" else [None] * n
     spoken = speaker.synthesise(texts, given, generator)
     who = dataset.index[:, 4]
     strangers = [int(rng.choice(np.flatnonzero(who != who[i]))) for i in range(n)]

@@ -126,7 +126,7 @@ def main(arguments):
         raise ValueError(f"no voice {args.voice} here: there are {', '.join(names)}; hibari comes with "
                          "pip install hibari-tts, the others with your system's package flite")
     if not 0 < args.words[0] < args.words[1]:
-        raise ValueError("--words=MIN MAX: at least 1, and MAX above MIN")
+        raise ValueError("--words MIN MAX: at least 1, and MAX above MIN")
     names = [args.voice] if args.voice else names
     for path in args.texts:
         with open(path, encoding="utf-8") as f:

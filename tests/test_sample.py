@@ -233,35 +233,22 @@ def test_bfloat16_halves_the_weights_and_reads_about_the_same(tiny_run, tiny_dat
     assert len(models["bfloat16"].transcribe([Dataset(tiny_data, "seen")[0][0]])) == 1
 
 
-def test_listening_compares_an_utterances_speech_with_anothers(tiny_run, tiny_data):
-    """Transcripts that all follow the same speech cost the same; with speech of their own, they do not."""
+@pytest.mark.parametrize("task", ["asr", "tts"])
+def test_listening_compares_what_is_given_with_anothers(task, tiny_run, tiny_data):
+    """Transcripts that all follow the same speech cost the same, and speech that all follows the same text:
+    the model can't heed what does not differ. With their own they do not cost the same."""
     speaker, dataset = Speaker(tiny_run, dtype="float32"), Dataset(tiny_data, "seen")
     dataset.vocab = speaker.vocab
-    found = listening(speaker, dataset, "asr")
+    found = listening(speaker, dataset, task)
     assert found["own"] != found["other"] and 1 < found["own"] < 30
 
-    class OneVoice:
-        info = dataset.info
-        __len__ = lambda self: len(dataset)
-        __getitem__ = lambda self, i: (dataset[0][0], dataset[i][1], 0)
-
-    same = listening(speaker, OneVoice(), "asr")
-    assert same["own"] == same["other"]
-
-
-def test_listening_compares_a_text_with_anothers_too(tiny_run, tiny_data):
-    """Does synthesis read? Speech costs the same if all texts are the same, and only then."""
-    speaker, dataset = Speaker(tiny_run, dtype="float32"), Dataset(tiny_data, "seen")
-    dataset.vocab = speaker.vocab
-    found = listening(speaker, dataset, "tts")
-    assert found["own"] != found["other"] and 1 < found["own"] < 30
-
-    class OneText:
+    class AllGivenTheSame:
         info, draw_prompt = dataset.info, dataset.draw_prompt
         __len__ = lambda self: len(dataset)
-        __getitem__ = lambda self, i: (dataset[i][0], dataset[0][1], 0)
+        __getitem__ = lambda self, i: (dataset[0 if task == "asr" else i][0],
+                                       dataset[i if task == "asr" else 0][1], 0)
 
-    same = listening(speaker, OneText(), "tts")
+    same = listening(speaker, AllGivenTheSame(), task)
     assert same["own"] == same["other"]
 
 
