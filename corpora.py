@@ -10,7 +10,8 @@ Corpora as they are downloaded become a manifest by
   python corpora.py manifest.tsv librispeech:train:/data/LibriSpeech/train-clean-100 \
       librispeech:unseen:/data/LibriSpeech/dev-clean vctk:train:/data/VCTK text:train:/data/books
 Each argument is LAYOUT:SPLIT:FOLDER. With librispeech@0.9:train:... beside it, the same once more, played
-at 0.9 times its speed, pitch and formants with it, as another speaker (speed perturbation, Ko et al. 2015).
+at 0.9 times its speed, pitch and formants with it, as another speaker (speed perturbation, Ko et al. 2015);
+with @0.9,1.1 one utterance at 0.9, the next at 1.1, and so on.
 """
 import csv
 import glob
@@ -241,7 +242,7 @@ def text(path):
         if path.endswith(TEXT):
             name = os.path.splitext(os.path.basename(path))[0]
             for number, document in enumerate(documents(path)):
-                words = document.split()
+                words = (document or "").split()                            # null, in parquet or jsonl
                 for start in range(0, len(words), PASSAGE):
                     yield f"{name}-{number}-{start}", "-", " ".join(words[start:start + PASSAGE]), "-"
 
@@ -293,11 +294,13 @@ def read_corpus(description):
                          f"splits {', '.join(SPLITS)}")
     if not os.path.exists(folder):
         raise ValueError(f"{folder}: no such folder")
-    speed, other = f"{to_speed(speed):g}" if at else "1", f"sp{speed}-" if at else ""
+    speeds = [f"{to_speed(speed):g}" for speed in speed.split(",")] if at else ["1"]
     own = [split] if layout == "manifest" else []       # the others know no splits
     n = 0
     try:
         for name, path, words, speaker in LAYOUTS[layout](folder, *own):
+            speed = speeds[n % len(speeds)]
+            other = f"sp{speed}-" if at else ""
             n += 1
             yield {"id": other + name, "audio": path if path == "-" else os.path.abspath(path),
                    "text": " ".join(words.split()), "speaker": other + speaker, "split": split,

@@ -60,6 +60,8 @@ def test_speed_perturbation_is_a_row_that_is_played_faster(tmp_path):
     assert code == 0 and not found.rejects and found.speakers == ["s", "sp0.8-s"]
     assert [(row["id"], row["split"]) for row in rows] \
         == [("a", "train"), ("sp0.8-a", "train"), ("b", "unseen")]
+    turns = [(row["id"], row["speed"]) for row in read_corpus(f"speech@0.9,1.10:train:{tmp_path}")]
+    assert turns == [("sp0.9-a", "0.9"), ("sp1.1-b", "1.1")], "several speeds take turns"
     plain, slow = (read_utterance(row, 30.0) for row in rows[:2])
     assert len(plain) == 32000 and len(slow) == 40000
     loudest = [np.abs(np.fft.rfft(wav)).argmax() * 16000 / len(wav) for wav in (plain, slow)]
@@ -113,7 +115,7 @@ def test_a_manifest_stays_on_disk(tmp_path):
 def test_texts_become_passages(tmp_path):
     (tmp_path / "book.txt").write_text("One line\nof a paragraph.\n\nAnother.\n")
     (tmp_path / "lines.txt").write_text("First.\nSecond.\n")
-    (tmp_path / "web.jsonl").write_text('{"text": "' + "many words " * 200 + '"}\n')
+    (tmp_path / "web.jsonl").write_text('{"text": "' + "many words " * 200 + '"}\n{"text": null}\n')
     rows = list(read_corpus(f"text:train:{tmp_path}"))
     texts = [row["text"] for row in rows]
     assert texts[:4] == ["One line of a paragraph.", "Another.", "First.", "Second."]
