@@ -3,6 +3,7 @@
 Helper of pretrained.py; its commands are there:  python tokenize_audio.py fit-semantic|fit-acoustic ...
 """
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from corpora import Manifest
 from pretrained import LYRA_FILES, VERSION, Lyra, NeuralCodec, SpeechEncoder
-from shards import write_file
+from shards import checksum, write_file
 from tokenize_audio import SAMPLE_RATE, kmeans, load_audio, nearest
 
 
@@ -98,7 +99,7 @@ def fit_books(x, n_level, n_code, seed=0, say=print):
 
 
 def collect(folder, paths, features, n_frame, say=print):
-    """Features of audio files, until there are n_frame rows -> memory map (M, C) of float16.
+    """Features of audio files [(path, speed)], until there are n_frame rows -> memory map (M, C) of float16.
 
     They are kept in `folder` as they come; what is there already is not made again.
     """
@@ -113,13 +114,13 @@ def collect(folder, paths, features, n_frame, say=print):
     with open(data, "r+b" if os.path.exists(data) else "wb") as f:
         f.truncate(state["rows"] * state["width"] * 2)
         f.seek(0, os.SEEK_END)
-        for i, path in enumerate(tqdm(paths, "features", mininterval=2, unit="file")):
+        for i, (path, speed) in enumerate(tqdm(paths, "features", mininterval=2, unit="file")):
             if state["rows"] >= n_frame:
                 break
             if i < state["files"]:
                 continue
             try:
-                x = features(load_audio(path)).numpy().astype(np.float16)   # (T, C)
+                x = features(load_audio(path, speed)).numpy().astype(np.float16)   # (T, C)
             except ValueError as problem:
                 say(f"left out: {problem}")
                 x = np.zeros((0, state["width"]), np.float16)
@@ -186,8 +187,12 @@ def main(arguments):
     if args.manifest:
         manifest = Manifest(args.manifest)
         order = np.random.default_rng(args.seed).permutation(manifest.numbers("train"))
-        paths = (row["audio"] for row in manifest.rows(order) if row["audio"])
-    work = f"{args.folder}/{args.what}"                                     # can be deleted afterwards
+        paths = ((row["audio"], row["speed"]) for row in manifest.rows(order) if row["audio"])
+    # what is fitted on what: only the same goes on from there. The folder can be deleted afterwards
+    said = {name: str(value) for name, value in vars(args).items() if name != "device"}
+    said["manifest"] = args.manifest and checksum(args.manifest)
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
+    work = f"{args.folder}/{args.what}-{digest}"
     os.makedirs(work, exist_ok=True)
     if args.what == "fit-semantic":
         if not args.encoder:

@@ -5,8 +5,8 @@ two steps, which prepare.py and train.py then take as --audio_tokenizer=FOLDER:
   python tokenize_audio.py fit-semantic FOLDER manifest.tsv --encoder=openai/whisper-base --clusters=1000
   python tokenize_audio.py fit-acoustic FOLDER manifest.tsv --codec=models/lyra
 Encoder: a folder or hub id of Whisper, HuBERT, WavLM or wav2vec 2.0.  Codec: a folder with Lyra v2's
-SoundStream (tflite files; its own 46 x 16 quantisers or 8 x 1024 fitted ones), or DAC, X-codec, EnCodec,
-Mimi in Hugging Face's form, whose own codes are taken. Both must make 50 frames a second.
+SoundStream (tflite files; fitted books take the place of its own), or DAC, X-codec, EnCodec, Mimi in Hugging
+Face's form, whose own codes are taken. Both must make 50 frames a second.
 
 OpusLM's own tokens, of XEUS and ESPnet's DAC, come through the espnet package, from files that are downloaded
 before, with config.yaml beside them (not run: we do not have them; espnet unpickles, so trust them first):

@@ -1,6 +1,6 @@
 """Audio to tokens and back: wav -> (T, N) codes at 50 Hz -> wav.
 
-Fifth file of the reading order; it imports nothing of ours. The tokenizer below is fitted on a corpus in
+Fifth file of the reading order. The tokenizer below is fitted on a corpus in
 seconds, without pretrained weights, and has the two kinds of tokens of OpusLM (arXiv 2506.17611, section 2):
   semantic   what is said: k-means clusters of features from which the speaker has been removed
   acoustic   how it sounds: residual vector quantisation of the log-mel spectrum, 8 levels, coarse to fine
@@ -57,7 +57,7 @@ def cut_wav(wav, seconds):
     third of each."""
     pieces, size, step = [], int(seconds * SAMPLE_RATE), SAMPLE_RATE // 10
     while len(wav) > size:
-        places = range(size * 2 // 3, size - step + 1, step // 2)
+        places = range(size * 2 // 3, size - 2 * step + 1, step // 2)       # and 0.1 s is left at least
         cut = min(places, key=lambda k: float(np.square(wav[k:k + step]).mean())) + step // 2
         pieces.append(wav[:cut])
         wav = wav[cut:]
@@ -195,7 +195,8 @@ def same_text_pairs(texts, speakers, limit, rng):
     """Pairs (i, j) of utterances with equal text and different speakers, in random order, at most `limit`."""
     by_text = {}
     for i in rng.permutation(len(texts)):
-        by_text.setdefault(texts[i], []).append(int(i))
+        if texts[i]:                            # speech without a transcript is not all of one text
+            by_text.setdefault(texts[i], []).append(int(i))
     pairs = [(group[k], group[k + 1]) for group in by_text.values() for k in range(0, len(group) - 1, 2)
              if speakers[group[k]] != speakers[group[k + 1]]]
     return [pairs[k] for k in rng.permutation(len(pairs))[:limit]]

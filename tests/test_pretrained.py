@@ -133,6 +133,8 @@ def test_fitted_by_the_command_line_it_is_a_tokenizer_like_any_other(tmp_path):
     assert codes.shape == (150, 9) and codes.dtype == np.int16 and codes[:, 0].max() < 9
     assert (tokenizer.n_semantic, tokenizer.n_level, tokenizer.n_acoustic) == (9, 8, 32)
     assert len(tokenizer.decode(codes)) == 150 * 320
+    code, _, err = run_here(script, *semantic, f"--encoder={hubert}", "--clusters=5", "--layer=1")
+    assert code == 0 and Tokenizer.load(folder).n_semantic == 5, "other wishes start anew"
     tokenizer.save(tmp_path / "again")
     np.testing.assert_array_equal(Tokenizer.load(tmp_path / "again").encode(wav), codes)
     assert json.load(open(f"{folder}/audio_tokenizer.json"))["semantic"]["encoder"] == hubert

@@ -134,3 +134,4 @@ def test_pairs_share_the_text_and_not_the_speaker():
     rng = np.random.default_rng(0)
     pairs = same_text_pairs(["x", "y", "x", "x", "y"], ["1", "1", "2", "1", "1"], 10, rng)
     assert len(pairs) <= 1 and all({i, j} <= {0, 2, 3} for i, j in pairs)
+    assert not same_text_pairs([""] * 6, list("abcdef"), 10, rng), "no transcript is no common text"
