@@ -105,8 +105,8 @@ def spoken_tokens(tokens, places, texts, tokenizer, n_semantic, n_text):
     for row, place, text in zip(tokens, places, texts):
         for number, word in enumerate(text.split()):
             frames = row[place == number]
-            pieces = np.array(tokenizer.encode(word if number == 0 else " " + word))
-            if len(frames) and len(pieces):
+            pieces = np.array(tokenizer.encode(word if number == 0 else " " + word) if len(frames) else [])
+            if len(pieces):
                 np.add.at(said, (frames, pieces[np.arange(len(frames)) * len(pieces) // len(frames)]), 1)
     return said / np.maximum(said.sum(1, keepdims=True), 1)
 
@@ -136,7 +136,7 @@ def cut(dataset, folder, places, n_word, seed=0):
                 kept.append({"id": f"{dataset.info['id'][i]}-{first}", "text": text,
                              "speaker": dataset.info["speaker"][i], "audio": dataset.info["audio"][i]})
             first = end
-    os.makedirs(folder)
+    os.makedirs(folder, exist_ok=True)          # dataset.json is written last: without it, nothing is there
     for name in ("audio_tokenizer", "text_tokenizer"):
         copy_folder(f"{old}/{name}", f"{folder}/{name}")
     with open(f"{old}/dataset.json") as f:
@@ -169,7 +169,7 @@ def main(arguments):
     parser.add_argument("--words", type=int, default=5, help="of a piece, at most")
     args = parser.parse_args(arguments)
     folder = args.folder
-    if args.pieces and os.path.exists(args.pieces):
+    if args.pieces and os.path.exists(f"{args.pieces}/dataset.json"):
         raise ValueError(f"{args.pieces} is there already: name a new folder")
     dataset = Dataset(folder, "train")
     texts = [text.lower() for text in dataset.info["text"]]

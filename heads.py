@@ -38,7 +38,8 @@ def acoustic_rows(model):
 # ---- the loss, plain ---------------------------------------------------------------------------------------
 
 def token_losses(model, hidden, targets, weight, modality, scope):
-    """Cross-entropies in nats: hidden (S, D), targets and weight (S, N), modality (S,) -> (S, N) fp32.
+    """Cross-entropies in nats: hidden (S, D), targets and weight (S, N), modality (S,): of a
+    target's segment, 0 text, 1 speech -> (S, N) fp32.
 
     Entries of weight 0 (pads, masked segments) are 0. The reference that `weighted_loss` is tested against.
     scope "original": stream 0 against all V ids, streams 1.. against all acoustic ids, as ESPnet trains.

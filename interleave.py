@@ -335,7 +335,7 @@ def show(vocab, frames, paint=False, most=None):
         for n, i in enumerate(frame):
             start = vocab.text_start if n == 0 and i >= vocab.text_start else vocab.streams[n][0]
             kind = ("pad" if i == PAD else "special" if i < N_SPECIAL else
-                    "text" if start == vocab.text_start else vocab.stream_names[n].rstrip("12345678"))
+                    "text" if start == vocab.text_start else vocab.stream_names[n].rstrip("0123456789"))
             cell = "." if i == PAD else names.get(i) or "w" * (kind == "text") + str(i - start)
             cell = f"{cell:>{26 if n == 0 else 4}}"
             cells.append(f"\033[{PAINT[kind]}m{cell}\033[0m" if paint else cell)

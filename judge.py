@@ -76,9 +76,12 @@ def judge_words(folders, n=3000, letters=4, seed=0):
             by_speaker.setdefault(first.info["speaker"][i], []).append(k)
     speaker = lambda k: first.info["speaker"][places[k][0]]
     word = lambda k: texts[places[k][0]][places[k][1]]
-    common, triples = [group for group in by_word.values() if len({speaker(k) for k in group}) > 1], []
-    if not common or len(by_word) < 2:
-        raise ValueError(f"{first.folder}: no word is said by two speakers")
+    says_more = {name for name, spoken in by_speaker.items() if len(set(map(word, spoken))) > 1}
+    common = [group for group in by_word.values() if len({speaker(k) for k in group}) > 1
+              and says_more & {speaker(k) for k in group}]
+    triples = []
+    if not common:
+        raise ValueError(f"{first.folder}: no word is said by two speakers, one of whom says another too")
     while len(triples) < n:
         x, a = rng.choice(common[rng.integers(len(common))], 2)
         b = rng.choice(by_speaker[speaker(a)])

@@ -39,14 +39,16 @@ def attend_causal(q, k, v, lengths):
 def loss_of(model, hidden, scope):
     """`heads.weighted_loss` where every frame has a target, three quarters of them speech, without values."""
     c, (S, _) = model.config, hidden.shape
-    window = (c.streams[1][0], c.streams[-1][1])
+    K = c.n_stream - 1
+    window = (c.streams[1][0], c.streams[-1][1]) if K else (0, 0)
     bias = model.head_emb[1:] @ model.lm_head[slice(*window)].T             # (K, codes of all streams)
     table, prefix = (model.lm_head, c.vocab_size) if scope == "original" else (
-        model.lm_head[:window[1]], c.streams[0][1])
-    if scope == "grammar":
-        bias = bias[:, :(window[1] - window[0]) // (c.n_stream - 1)]
+        model.lm_head[:c.streams[-1][1]], c.streams[0][1])
+    if scope == "grammar" and K:
+        bias = bias[:, :(window[1] - window[0]) // K]
     target, weight = torch.zeros(S, c.n_stream, dtype=torch.long), torch.ones(S, c.n_stream)
-    return LinearCrossEntropy.apply(hidden[torch.arange(S)], table, None, bias, target, weight, S * 3 // 4,
+    return LinearCrossEntropy.apply(hidden[torch.arange(S)], table, None, bias, target, weight,
+                                    S * 3 // 4 if K else 0,
                                     prefix, window, True)[0]
 
 

@@ -1,6 +1,6 @@
 """Shards: what a prepared folder holds, and how its files are written, checked and described.
 
-Helper of prepare.py in the reading order; it imports nothing of ours. numpy reads all of it:
+Helper of prepare.py in the reading order. numpy reads all of it:
   data/numbers-1a2b3c4d/
     dataset.json             written last: version, settings, sizes, shards of each split, hours, rejects
     rejects.tsv              id and reason of every utterance that was left out

@@ -23,6 +23,12 @@ def test_tokens_of_speech_tell_words_apart_and_random_ones_do_not(tiny_data, tmp
     assert merged(np.array([3, 3, 5, 5, 3])) == [3, 5, 3]
     code, out, _ = run_here(ROOT / "judge.py", "words", folder, "--n=50")
     assert code == 0 and "choices between two words are wrong" in out
+    align = np.load(f"{folder}/align.npz")
+    info, words = Dataset(folder, "train").info, align["words"]
+    one = [row for row in words if info["text"][row[0]].split()[row[1]] == "seven"]
+    np.savez(f"{random}/align.npz", words=np.array(one), said=align["said"])
+    with pytest.raises(ValueError, match="says another too"):
+        judge_words([random])
     code, _, err = run_here(ROOT / "judge.py", "words", tiny_data)
     assert code == 2 and "run align.py" in err
 

@@ -32,6 +32,9 @@ def test_more_gpus_hold_less_each_and_recomputing_less_still():
     assert few > many > again
     code, text = plan(str(ROOT / "configs/135m.py"), "--gpus=5")
     assert code == 2 and "can't be shared" in text and "Traceback" not in text
+    for scope in ("grammar", "original"):       # a model without acoustic streams
+        alone = Vocab(500, 0, 0, 3000)
+        assert plan_memory(replace(config, softmax=scope), alone, 2, 512)["Total"] > 0
 
 
 @pytest.mark.slow
