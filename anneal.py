@@ -34,8 +34,8 @@ def annealing_settings(arguments):
     settings = dataclasses.asdict(before)
     if {"data", "datasets", "corpus"} & set(said):
         settings |= {"data": "", "datasets": {}}
-    else:
-        settings |= {"data": state["data"], "datasets": {}}
+    elif not before.datasets:
+        settings["data"] = state["data"]
     settings |= {"out_dir": said["init_from"].rstrip("/") + "-annealed", "rows_from_text": False}
     settings |= {"lr": before.lr * factor, "muon_lr": before.muon_lr * factor}
     settings |= {"curriculum": {}, "warmup": 0.0, "decay": 1.0, "final_lr": 0.0, "moments": "lr" not in said}

@@ -49,7 +49,7 @@ def read_about(folder):
 def tokenizers(folder):
     """Checksums of what made the tokens of a prepared folder."""
     names = [f"text_tokenizer/{name}" for name in sorted(os.listdir(f"{folder}/text_tokenizer"))]
-    names.append("audio_tokenizer/codebooks.safetensors")
+    names += ["audio_tokenizer/audio_tokenizer.json", "audio_tokenizer/codebooks.safetensors"]
     return [(name, checksum(f"{folder}/{name}")) for name in names]
 
 
@@ -110,6 +110,10 @@ class Dataset:
         codes, text = self.codes[self.shard[i]], self.text[self.shard[i]]
         codes, text = codes[frame:frame + n_frame, self.columns], text[token:token + n_token]
         return codes.astype(np.int64), text.astype(np.int64), speaker
+
+    def paired(self):
+        """(M',) the utterances that have both speech and a text."""
+        return np.flatnonzero((self.index[:, 1] > 0) & (self.index[:, 3] > 0))
 
     def count_changes(self):
         """(M,) how many of each utterance's frames have another semantic token than the one before."""
@@ -206,7 +210,7 @@ class Loader:
         self.joinable = self.find_joinable(c.splice_frames)
         places, weights = sources(c, dataset.folder), c.datasets or {dataset.folder: 1.0}
         ends = np.rint(np.cumsum([0.0, *c.curriculum.values()]) * c.max_steps)[1:]
-        # (number of a folder, step): until that step examples come from that folder alone
+        # (number of a folder, step): until that step examples come from that folder alone, none joined
         self.lessons = list(zip(map(places.index, c.curriculum), ends))
         self.pool, self.folder_share = {}, {}
         for task in self.tasks if len(dataset) else ():
@@ -280,7 +284,8 @@ class Loader:
         while len(group) > 1:
             i = int(group[rng.integers(len(group))])
             room -= frames[i + 1] - frames[i]
-            if room < 0 or self.tokens[i + 1] == self.tokens[i]:            # full, or one without a text
+            if (room < 0 or self.tokens[i + 1] == self.tokens[i]            # full, or one without a text
+                    or self.length(task, [*found, i]) > self.row_frames):
                 break
             found.append(i)
         return found
@@ -300,10 +305,10 @@ class Loader:
             k = np.searchsorted(share[:-1], rng.random(), side="right") if len(pools) > 1 else 0
             pool = pools[k if lesson is None else lesson]
             i, seed = int(pool[rng.integers(len(pool))]), int(rng.integers(2 ** 31))
-            members = self.members(task, i, seed)
+            members = self.members(task, i, seed) if lesson is None else [i]
             length = self.length(task, members)
             total += length
-            if total > capacity:
+            if drawn and total > capacity:
                 break
             drawn.append((length, task, members, seed))
         rows, room = [[] for _ in range(n_row)], [self.row_frames] * n_row

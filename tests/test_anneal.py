@@ -1,6 +1,7 @@
 """Claim: annealing goes on from where a run was, down to a rate of zero; data are mixed and joined."""
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,12 +25,18 @@ def half_way(tiny_data, tiny_flags, tmp_path_factory):
     return out
 
 
-def test_it_begins_with_the_rate_that_the_run_had(half_way):
+def test_it_begins_with_the_rate_that_the_run_had(half_way, tmp_path):
     whole, decaying = (annealing_settings([f"--init_from={half_way}/step_000000{n}", "--max_steps=5"])
                        for n in (4, 6))
     assert whole["lr"] == pytest.approx(3e-3) and decaying["lr"] == pytest.approx(1.5e-3)
     assert decaying["muon_lr"] == pytest.approx(0.01) and decaying["max_steps"] == 5
     assert decaying["d_model"] == load_model(half_way)[1].d_model, "the model is the run's"
+    mixed = shutil.copytree(f"{half_way}/step_0000004", tmp_path / "mixed")
+    about = json.loads((mixed / "config.json").read_text()) | {"datasets": {"data/a": 0.6, "data/b": 0.4}}
+    (mixed / "config.json").write_text(json.dumps(about))
+    before = annealing_settings([f"--init_from={mixed}"])
+    assert before["datasets"] == about["datasets"] and not before["data"], "on what the run had, all of it"
+    assert not annealing_settings([f"--init_from={mixed}", "--data=data/c"])["datasets"]
     with pytest.raises(ValueError, match="come down to zero already"):
         annealing_settings([f"--init_from={half_way}"])
     assert not annealing_settings([f"--init_from={half_way}", "--lr=1e-4"])["moments"]
@@ -76,19 +83,23 @@ def test_utterances_that_follow_each_other_are_joined(tiny_data):
 
 
 def test_a_curriculum_comes_first_and_one_folder_at_a_time(tiny_data, tiny_flags, tmp_path):
-    """Short pieces for the first fifth of the steps, longer ones for the next two, then the data."""
+    """Short pieces for the first fifth of the steps, longer ones for the next two, then the data; a lesson's
+    pieces stay as short as they are where others are recombined."""
     import train
     short, longer = str(tmp_path / "short"), str(tmp_path / "longer")
     for folder in (short, longer):
         shutil.copytree(tiny_data, folder)
     flags = [flag for flag in tiny_flags if not flag.startswith(("--data", "--max_steps"))]
     config = load_config([*flags, f"--data={tiny_data}", "--max_steps=10",
-                          "--curriculum=" + str({short: 0.2, longer: 0.4})])
+                          "--curriculum=" + str({short: 0.2, longer: 0.4}), "--recombine_frames=300"])
     dataset = train.open_data(config, tiny_data)
     loader = Loader(dataset, config)
-    drawn = [{int(dataset.source[i]) for row in loader.plan(step) for _, (i,), _ in row}
-             for step in range(10)]
-    assert drawn == [{1}] * 2 + [{2}] * 4 + [{0}] * 4
+    plans = [[members for row in loader.plan(step) for _, members, _ in row] for step in range(10)]
+    assert [{int(dataset.source[members[0]]) for members in plan} for plan in plans] \
+        == [{1}] * 2 + [{2}] * 4 + [{0}] * 4
+    assert [max(map(len, plan)) > 1 for plan in plans] == [False] * 6 + [True] * 4
+    with pytest.raises(ValueError, match="a start from a text LLM"):
+        train.check(replace(config, rows_from_text=True), dataset, 1)
     config.curriculum[longer] = 0.9
     with pytest.raises(ValueError, match="1 in all at most"):
         train.check(config, dataset, 1)

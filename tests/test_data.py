@@ -93,6 +93,23 @@ def test_recognition_hears_with_gaps_in_training_alone(tiny_data):
     assert 0.1 < np.mean(gone) < 0.25
 
 
+def test_an_example_as_long_as_a_row_is_drawn_too(tiny_data):
+    """Rows as long as the longest example, one in a step: no step is empty, and what is joined still fits."""
+    dataset = Dataset(tiny_data, "train")
+    config = Config(mixture={"asr": 1}, batch_rows=1, row_frames=4096)
+    sizes = [Loader(dataset, config).length("asr", [i]) for i in range(len(dataset))]
+    for joined in (0, 4000):
+        loader = Loader(dataset, replace(config, row_frames=max(sizes), recombine_frames=joined))
+        plans = [loader.plan(step) for step in range(400)]
+        assert all(row for plan in plans for row in plan)
+        if joined:
+            members = [loader.members("asr", i, seed) for i in range(20) for seed in range(20)]
+            assert max(map(len, members)) > 1
+            assert max(loader.length("asr", some) for some in members) <= max(sizes)
+        else:
+            assert {i for plan in plans for [(_, [i], _)] in plan if sizes[i] > 0.97 * max(sizes)}
+
+
 def test_tasks_come_in_the_mixture_that_was_asked_for(loader):
     counts = dict.fromkeys(MIXTURE, 0)
     for step in range(100):
