@@ -153,6 +153,21 @@ def make_tokenizers(manifest, settings, folder):
 
 # ---- shards ------------------------------------------------------------------------------------------------
 
+def encode_each(tokenizer, wavs):
+    """wavs [(n,)] -> for each its codes (T, N), or the ValueError that says why there are none. All at once,
+    which is faster; one by one where that fails."""
+    try:
+        yield from tokenizer.encode_all(wavs)
+        return
+    except ValueError:
+        pass
+    for wav in wavs:
+        try:
+            yield tokenizer.encode(wav)
+        except ValueError as problem:
+            yield problem
+
+
 def make_shard(folder, name, manifest, settings):
     """Tokenize the rows of a (part of a) manifest into the shard `name` of `folder`; its json, written last,
     marks it complete. -> utterances, frames."""
@@ -171,9 +186,12 @@ def make_shard(folder, name, manifest, settings):
                 rows.append(row)
             except ValueError as problem:
                 rejects.append((row["id"], str(problem)))
-        spoken = iter(tokenizer.encode_all([wav for wav in wavs if wav is not None]))
+        spoken = encode_each(tokenizer, [wav for wav in wavs if wav is not None])
         for row, wav in zip(rows, wavs):
             code = np.zeros((0, n_stream), np.int16) if wav is None else next(spoken)       # (T, N)
+            if isinstance(code, ValueError):
+                rejects.append((row["id"], str(code)))
+                continue
             text = np.array(text_tokenizer.encode(row["text"]), np.int32)
             codes.append(code)
             texts.append(text)

@@ -134,6 +134,21 @@ def messy_corpus(tmp_path, tiny_data):
     return str(path)
 
 
+def test_what_one_utterance_lacks_does_not_stop_the_others():
+    """Tokenized together where that works; else one by one, and the bad one says why."""
+    class Stub:
+        def encode(self, wav):
+            if not wav.any():
+                raise ValueError("no frames")
+            return wav[:, None]
+
+        def encode_all(self, wavs):
+            return [self.encode(wav) for wav in wavs]
+
+    first, bad, last = prepare.encode_each(Stub(), [np.ones(3), np.zeros(2), np.ones(1)])
+    assert first.shape == (3, 1) and last.shape == (1, 1) and str(bad) == "no frames"
+
+
 def test_settings_on_the_command_line_have_their_types():
     flags = ["--lower=False", "--n_level=4", "--max_audio_s=9", "--data_dir=x"]
     settings, options = prepare.parse_settings([*flags, "--part=1/2"])
