@@ -155,7 +155,15 @@ def load_config(arguments):
         config.text_model = config.init_from
     if config.splice_frames and config.recombine_frames:
         raise ValueError("splice_frames and recombine_frames both join utterances: set one of them to 0")
-    check_guidance(config)
+    for name in ("row_frames", "batch_rows", "grad_accum", "max_steps", "save_every", "log_every",
+                 "keep_last", "max_bad_steps"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)}: 1 at least")
+    if not any(weight > 0 for weight in config.mixture.values()):
+        raise ValueError(f"mixture={config.mixture}: no task has a weight")
+    if config.semantic_asr and config.token_streams == "acoustic":
+        raise ValueError("semantic_asr reads semantic tokens, which token_streams='acoustic' leaves out")
+    check_sampling(config)
     return config
 
 
@@ -164,8 +172,11 @@ def synthesis_task(config):
     return next((task for task in ("tts", "plain_tts") if config.mixture.get(task)), None)
 
 
-def check_guidance(config):
-    """ValueError if synthesis is to be guided away from what the model never learned to say of itself."""
+def check_sampling(config):
+    """ValueError if nothing can be drawn so, or synthesis is to be guided away from what the model never
+    learned to say of itself."""
+    if config.top_k < 1 or min(config.temperature, config.acoustic_temperature, config.top_p) < 0:
+        raise ValueError("top_k is 1 at least, temperatures and top_p are 0 at least")
     if config.guidance != 1 and synthesis_task(config) and not config.mixture.get("speech"):
         raise ValueError("guidance of synthesis is away from what the model would say of itself: it needs a "
                          "little of the task speech in the mixture, or --guidance=1")

@@ -23,7 +23,7 @@ from checkpoint import Saver, checkpoints, newest, newest_whole, resume, startin
 from config import load_config, read_config
 from data import Dataset, Loader, open_data
 from heads import batch_loss, mean_losses
-from interleave import Vocab
+from interleave import SPEECH, Vocab
 from job import report, run_stage
 from log import Log, no_progress
 from model import initial_weight
@@ -107,6 +107,12 @@ def check(config, dataset, world, going_on=False):
                          f"{dataset.vocab.delay}")
     if config.new_rows != 1 and config.shard != 1 and world > 1:
         raise ValueError("new_rows needs whole copies of the model on each worker: --shard=1")
+    ours = newest(config.init_from)
+    if config.rows_from_text and not going_on and (ours or not config.init_from):
+        raise ValueError("rows_from_text is for a start from a text LLM, which init_from does not name: "
+                         "--rows_from_text=False")
+    if config.moments and not going_on and not ours:
+        raise ValueError("moments are a run's of ours, which init_from does not name: --moments=False")
     compute_dtype(config.dtype, torch.device("cpu"))
     Loader(dataset, config)
     meta_model(config, dataset.vocab)
@@ -120,7 +126,7 @@ def check(config, dataset, world, going_on=False):
 def counts(batch, config, c):
     """What a batch has of: frames with a stream-0 target, frames, FLOPs of its matrix products."""
     first, acoustic = batch.weight[..., 0] > 0, (batch.weight[..., 1:] > 0).any(-1)         # (R, S)
-    n_target, n_speech = int(first.sum()), int((first & (batch.modality == 1)).sum())
+    n_target, n_speech = int(first.sum()), int((first & (batch.modality == SPEECH)).sum())
     lengths = [length for row in batch.lengths for length in row]
     return n_target, batch.n_frame, training_flops(c, batch.n_frame, lengths, n_target - n_speech, n_speech,
                                                    int(acoustic.sum()), config.softmax)
@@ -134,10 +140,8 @@ def changes(before, now):
 
 
 def train(config, folder, going_on=False):
-    """Train on the prepared data in `folder`, from scratch or, going_on, from out_dir's newest checkpoint.
-
-    Returns the number of the signal that ended it before the last step, or None.
-    """
+    """Train on the prepared data in `folder`, from scratch or, going_on, from out_dir's newest checkpoint ->
+    the number of the signal that ended it before the last step, or None."""
     # workers, data, and where we start
     rank, world, device = start_workers(config.timeout_s)
     say = print if rank == 0 else (lambda *_: None)
@@ -145,6 +149,8 @@ def train(config, folder, going_on=False):
     evaluation = [Dataset(folder, split, rank == 0, config.token_streams) for split in prepare.SPLITS[1:]]
     seen = max(evaluation, key=lambda split: len(split) > 0)        # a corpus may have new speakers only
     found = newest_whole(config.out_dir, rank, world, say) if going_on else None
+    if going_on and not found and not checkpoints(config.out_dir):
+        say(f"no checkpoint in {config.out_dir} yet: from the start")
     if checkpoints(config.out_dir) and not found:
         raise ValueError(occupied(config.out_dir) if not going_on else
                          f"no checkpoint in {config.out_dir} is whole: delete them to start again")
@@ -212,9 +218,11 @@ def train(config, folder, going_on=False):
             sum_gradients(params, sharded)
             for p in params:
                 p.grad /= n_target          # frames with a stream-0 target, over all workers and micro-steps
-            norm, loss = float(whole(torch.nn.utils.clip_grad_norm_(params, config.clip))), loss / n_target
+            length = torch.nn.utils.get_total_norm([p.grad for p in params])
+            norm, loss = float(whole(length)), loss / n_target
 
             if math.isfinite(loss) and math.isfinite(norm):
+                torch.nn.utils.clip_grads_with_norm_(params, config.clip, length)
                 before = [rows.clone() for rows in fast]
                 for optimizer in optimizers:
                     optimizer.step()
