@@ -18,8 +18,8 @@ import soundfile
 import torch
 
 from explain import explain_asr, explain_tts
-from sample import Speaker, cut_text
 from script import run_script
+from speaker import Speaker, cut_text
 from tokenize_audio import SAMPLE_RATE, load_audio
 
 MAX_SECONDS, MAX_LETTERS, MAX_UPLOAD = 60, 500, "30mb"

@@ -1,6 +1,6 @@
 """Evaluate: word error rates of recognition and synthesis, and teacher-forced perplexity per stream.
 
-Fifteenth file of the reading order.
+Sixteenth file of the reading order.
   python eval.py out/numbers                    rewrites out/numbers/results.json, wavs and curves
   python eval.py out/numbers --whisper=DIR      also lets Whisper judge the speech (pip install -e '.[eval]')
   python eval.py out/numbers --voice            whose voice it is, how natural, how fast (eval_voice.py)
@@ -32,25 +32,25 @@ from data import Dataset, Loader, prompt_frames
 from heads import batch_loss, mean_losses, weighted_loss
 from interleave import speech_frames, text_frames, training_example
 from plot import plot_comparison, plot_curves, read_run
-from sample import Speaker
 from script import run_script
 from shards import write_file
+from speaker import Speaker
 from tokenize_audio import Tokenizer, load_audio
-from wer import capped_interval, comparable, error_report, open_whisper, word_error_rate, word_errors
+from wer import capped_rate, comparable, error_report, interval, open_whisper, word_errors
 
 # ---- the parts ---------------------------------------------------------------------------------------------
 
 def pick_utterances(dataset, limit, join=1):
     """What is tested: [[utterance, ...]], at most `limit` groups of `join` each, which are heard, or spoken,
-    as one. Alone they are the first ones; joined, each group is of one speaker, the first of each first."""
+    as one; all have speech and text. Alone they are the first ones; joined, each group is of one speaker,
+    the first of each first."""
     if join < 1:
         raise ValueError(f"join={join}: one utterance is the least")
+    paired, groups = dataset.paired(), []
     if join == 1:
-        return [[i] for i in range(min(limit, len(dataset)))]
-    ends = np.append(np.flatnonzero(np.diff(dataset.speakers)) + 1, len(dataset.speakers))
-    groups = []
-    for start, end in zip([0, *ends[:-1]], ends):
-        mine = dataset.by_speaker[start:end].tolist()
+        return [[i] for i in paired[:limit].tolist()]
+    for speaker in np.unique(dataset.index[paired, 4]):
+        mine = paired[dataset.index[paired, 4] == speaker].tolist()
         groups += [(k, mine[k:k + join]) for k in range(0, len(mine) - join + 1, join)]
     return [group for _, group in sorted(groups)][:limit]
 
@@ -94,20 +94,18 @@ def evaluate_tts(speaker, dataset, groups, folder, whisper=None, best=1, seed=0)
                              for group in groups]                           # originals, as tokenized
     read = {name: speaker.transcribe([speaker.encode(pad_short(wav)) for wav in some])
             for name, some in wavs.items()}
-    own = {name: word_error_rate(references, heard, cap=True) for name, heard in read.items()}
-    own |= {"n": n, "ended": sum(ended for _, ended in spoken) / n,
-            "wer_interval": capped_interval(references, read["wer"])}
+    own = {"n": n, "ended": sum(ended for _, ended in spoken) / n}
+    for name, heard in read.items():
+        own |= capped_rate(name, references, heard)
     judged = None
     if whisper:
-        judged, heard = {"n": n, "original": None}, {}
+        judged = {"n": n}
         paths = [[dataset.info["audio"][i] for i in group] for group in groups]
         if all(os.path.exists(path) for group in paths for path in group):      # data from elsewhere: without
             wavs["original"] = [np.concatenate([load_audio(path) for path in group]) for group in paths]
         for name, some in wavs.items():
-            heard[name] = list(zip(*(comparable(text, whisper.hear(wav)) for wav, text in zip(
+            judged |= capped_rate(name, *zip(*(comparable(text, whisper.hear(wav)) for wav, text in zip(
                 tqdm(some, f"Whisper: {name}", n, mininterval=2), references))))
-            judged[name] = word_error_rate(*heard[name], cap=True)
-        judged["wer_interval"] = capped_interval(*heard["wer"])
     os.makedirs(folder, exist_ok=True)
     for i in range(min(4, n)):
         name = f"{folder}/{i}_{references[i].replace(' ', '_')[:60]}"
@@ -139,28 +137,28 @@ def perplexities(speaker, dataset, n_batch=4):
 def listening(speaker, dataset, task, n=40):
     """Does the model heed what it is given? asr: nats a word that transcripts cost it after their own speech
     and after another utterance's; tts, plain_tts: nats a frame that semantic tokens cost after their own text
-    and another's -> {"own", "other"}. As long as they are equal it hears, or reads, nothing."""
-    n, c, vocab, result = min(n, len(dataset)), speaker.config, speaker.vocab, {}
-    if n < 2:
+    and another's -> {"own", "other", and their 95 % intervals}. As long as they are equal it hears, or reads,
+    nothing."""
+    groups, c, vocab, result = pick_utterances(dataset, n), speaker.config, speaker.vocab, {}
+    if len(groups) < 2:
         return None
     hears, rng = task == "asr", np.random.default_rng(0)
-    prompts = draw_prompts(speaker, dataset, [[i] for i in range(n)], rng) if task == "tts" else []
-    for name, shift in (("own", 0), ("other", 1)):
-        nats, count = 0.0, 0
-        for i in range(n):
-            other = (i + shift) % n
+    prompts = draw_prompts(speaker, dataset, groups, rng) if task == "tts" else []
+    for name, others in (("own", groups), ("other", groups[1:] + groups[:1])):
+        nats, counts = [], []
+        for k, ([i], [other]) in enumerate(zip(groups, others)):
             codes, text_ids = dataset[other if hears else i][0], dataset[i if hears else other][1]
             entries = {"speech": speech_frames(vocab, codes, hears and c.semantic_asr),
                        "text": text_frames(vocab, text_ids)}
             if prompts:
-                entries["prompt"] = prompt_frames(vocab, prompts[i], c.prompt_len)
+                entries["prompt"] = prompt_frames(vocab, prompts[k], c.prompt_len)
             rows = training_example(vocab, task, entries, vocab.weights(), "target")
             tokens, targets, weight, modality = rows
             hidden = speaker.model(tokens, [len(tokens)])
             losses = weighted_loss(speaker.model, hidden, targets, weight, modality, c.softmax)[1]
-            nats += float(losses[weight[:, 0] > 0, 0].sum())
-            count += len(dataset.info["text"][i].split()) if hears else len(codes)
-        result[name] = nats / count
+            nats.append(float(losses[weight[:, 0] > 0, 0].sum()))
+            counts.append(len(dataset.info["text"][i].split()) if hears else len(codes))
+        result[name], *result[f"{name}_interval"] = interval(nats, counts)
     return result
 
 
@@ -198,7 +196,7 @@ def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto", best=1
     for name, dataset in (("seen", seen), ("unseen", unseen)):
         results["asr"][name], transcripts[f"asr_{name}"] = evaluate_asr(
             speaker, dataset, pick_utterances(dataset, c.eval_utterances, join))
-    voices = unseen if len(unseen) else seen
+    voices = unseen if len(unseen.paired()) else seen
     whisper, missing = open_whisper(whisper_folder) if whisper_folder else (None, None)
     groups = pick_utterances(voices, c.tts_utterances, join)
     results["tts"], transcripts["tts"] = evaluate_tts(
@@ -238,6 +236,13 @@ def note_error_rates(run, state, results):
 def table(results):
     """The results as a few readable lines."""
     percent = lambda x: "  --  " if x is None else f"{x:5.1f} %"
+
+    def capped(found, name):
+        if name not in found:
+            return "--"
+        low, high = found[f"{name}_interval"]
+        return f"{found[name]:.1f} % ({low:.1f} to {high:.1f})"
+
     asr, judged, whisper = results["asr"], results["tts"]["own_asr"], results["tts"]["whisper"]
     lines = [f"ASR WER, new texts   known voices {percent(asr['seen']['wer'])} (n={asr['seen']['n']})"
              f"   new voices {percent(asr['unseen']['wer'])} (n={asr['unseen']['n']})"]
@@ -247,16 +252,17 @@ def table(results):
             lines.append(f"  {name:6s} {low:.1f} to {high:.1f} %, CER {found['cer']:.1f} %; of "
                          f"{found['words']} words {found['substitutions']} wrong, {found['deletions']} "
                          f"missing, {found['insertions']} added")
+            said, heard = found["worst"][0]
+            lines.append(f"  worst: {said[:50]!r} heard as {heard[:50]!r}")
     if judged["n"]:
-        lines.append(f"TTS WER by own ASR   {percent(judged['wer'])} (n={judged['n']}; originals after "
-                     f"tokenizing {percent(judged['resynthesised'])}), {100 * judged['ended']:.0f} % ended "
-                     "by themselves")
-    if whisper:
-        lines.append(f"TTS WER by Whisper   {percent(whisper['wer'])} (originals after tokenizing "
-                     f"{percent(whisper['resynthesised'])}, originals {percent(whisper['original'])})")
-    for judge, found in (("own ASR", judged), ("Whisper", whisper or {})):
-        lines += [f"TTS, {name.replace('_', ' ')}, by {judge}: {percent(value)}"
-                  for name, value in found.items() if name.startswith("best_of")]
+        lines.append(f"TTS, n={judged['n']}, {100 * judged['ended']:.0f} % ended by themselves")
+    for judge, found in (("own ASR", judged), ("Whisper", whisper or {"n": 0})):
+        if found["n"]:
+            best = [f"; {name.replace('_', ' ')} {capped(found, name)}" for name in found
+                    if name.startswith("best_of") and not name.endswith("interval")]
+            lines.append(f"TTS WER by {judge:9s} {capped(found, 'wer')}{''.join(best)}; originals as tokens "
+                         f"{capped(found, 'resynthesised')}"
+                         + (f", as they are {capped(found, 'original')}" if judge == "Whisper" else ""))
     lines += [f"{row}: not available: {how}" for row, how in results["not_available"].items()]
     for task, found in results["listening"].items():
         what, after = ("text, nats a word", "speech") if task == "asr" else ("semantic, a frame", "text")
@@ -305,7 +311,7 @@ def main(arguments):
     parser.add_argument("--best", type=int, default=1, help="TTS again by the best of so many samples")
     parser.add_argument("--guidance", type=float, help="of synthesis (default: as in the configuration)")
     parser.add_argument("--voice", action="store_true", help="speaker similarity, DNSMOS, pitch and rate too")
-    for flag in ("--text", "--choices"):
+    for flag in ("--text", "--choices", "--endings"):
         parser.add_argument(flag, action="append", default=[], metavar="FILE", help="see eval_text.py")
     for flag in ("--shots", "--before"):
         parser.add_argument(flag, help="see eval_text.py")
@@ -332,9 +338,9 @@ def further(script, args):
     this one, so they are imported only now."""
     if script == "voice" and args.voice:
         flags = {"--data": [args.data], "--n": [args.n]}
-    elif script == "text" and (args.text or args.choices):
-        flags = {"--text": args.text, "--choices": args.choices, "--shots": [args.shots],
-                 "--before": [args.before], "--n": [args.n]}
+    elif script == "text" and (args.text or args.choices or args.endings):
+        flags = {"--text": args.text, "--choices": args.choices, "--endings": args.endings,
+                 "--shots": [args.shots], "--before": [args.before], "--n": [args.n]}
     else:
         return 0
     given = [f"{flag}={value}" for flag, values in flags.items() for value in values if value is not None]

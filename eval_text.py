@@ -5,9 +5,10 @@ Helper of eval.py:
   python eval_text.py out/mine --choices=mmlu_test.jsonl --shots=mmlu_dev.jsonl --n=200
   python eval_text.py out/mine --before=smollm2 --text=page.txt      the base LLM that it came from beside it
 A line of jsonl is {"question", "choices", "gold": number of the right one}. Where it has a "subject" too we
-ask as MMLU does: five answered examples of the subject before it, letters as answers. Else, as for ARC,
-OpenBookQA and HellaSwag, each choice is an answer in words; the likeliest wins, as it is (acc) or by its
-bytes (acc_norm).
+ask as MMLU does: five answered examples of the subject before it, letters as answers. Else each choice is
+an answer in words, after "Question: ... Answer:", as ARC has it, or, of files that are --endings, right after
+the question, as lm-evaluation-harness has OpenBookQA and HellaSwag. The likeliest wins, as it is (acc) or by
+its bytes (acc_norm).
 The hub's own versions, by lm-evaluation-harness:
   python sample.py export out/mine folder --text-only
   lm_eval --model hf --model_args pretrained=folder --tasks mmlu,arc_easy,hellaswag,openbookqa
@@ -24,8 +25,8 @@ from tqdm import tqdm
 from checkpoint import starting_weights
 from interleave import text_frames
 from parallel import empty_model
-from sample import Speaker
 from script import run_script
+from speaker import Speaker
 from tokenize_text import TOKENIZER_FILES, TextTokenizer, find_folder
 from wer import interval
 
@@ -79,7 +80,8 @@ def bits_per_byte(model, vocab, tokenizer, text):
 def ask(row, shots):
     """A question -> context, answers: in words, or letters where it has a subject, after shots of that."""
     if "subject" not in row:
-        return f"Question: {row['question']}\nAnswer:", [f" {choice}" for choice in row["choices"]]
+        context = row["question"] if row.get("ending") else f"Question: {row['question']}\nAnswer:"
+        return context, [f" {choice}" for choice in row["choices"]]
     letters = "ABCDEFGHIJ"[:len(row["choices"])]
 
     def block(row):
@@ -146,6 +148,7 @@ def main(arguments):
     parser.add_argument("--before", help="folder or hub id of the base LLM, to stand beside it")
     parser.add_argument("--text", action="append", default=[], help="a file to be predicted")
     parser.add_argument("--choices", action="append", default=[], help="a jsonl file of questions")
+    parser.add_argument("--endings", action="append", default=[], help="the same, answered without 'Answer:'")
     parser.add_argument("--shots", help="a jsonl file of MMLU's examples")
     parser.add_argument("--n", type=int, help="questions of each file (default: all)")
     args = parser.parse_args(arguments)
@@ -157,19 +160,19 @@ def main(arguments):
         models[f"{args.run}, whole vocabulary"] = speaker.model, tokenizer
         models[args.before] = base, tokenizer
     shots, results = read_rows(args.shots) if args.shots else [], {}
-    missing = [path for path in (*args.text, *args.choices) if not os.path.isfile(path)]
+    missing = [path for path in (*args.text, *args.choices, *args.endings) if not os.path.isfile(path)]
     for path in missing:
         print(f"{path}: not available: no such file; see --help for what it holds")
-    args.text, args.choices = ([path for path in paths if path not in missing]
-                               for paths in (args.text, args.choices))
+    args.text, args.choices, args.endings = ([path for path in paths if path not in missing]
+                                             for paths in (args.text, args.choices, args.endings))
     for name, (model, tokenizer) in models.items():
         result = results[name] = {}
         for path in args.text:
             with open(path, encoding="utf-8") as f:
                 result[path] = bits_per_byte(model, speaker.vocab, tokenizer, f.read())
             print(f"{name}: {path}: {result[path][0]:.3f} bits a byte, perplexity {result[path][1]:.1f}")
-        for path in args.choices:
-            rows = read_rows(path, args.n)
+        for path in (*args.choices, *args.endings):
+            rows = [row | {"ending": path in args.endings} for row in read_rows(path, args.n)]
             found = result[path] = multiple_choice(model, speaker.vocab, tokenizer, rows, shots)
             print(f"{name}: {path}: " + ", ".join(
                 "{} {:.1f} % ({:.1f} to {:.1f})".format(key, *(100 * x for x in found[key])) for key in (

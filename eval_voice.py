@@ -23,8 +23,8 @@ from checkpoint import same_vocab
 from config import synthesis_task
 from data import Dataset
 from eval import find_data
-from sample import Speaker
 from script import run_script
+from speaker import Speaker
 from tokenize_audio import SAMPLE_RATE
 from wer import interval
 
@@ -81,14 +81,15 @@ def load(measure, package, missing, make, *arguments):
         return None
 
 
-def measure_voices(groups, prompts, texts, embed=None, score=None, pitch=None):
-    """groups {name: [wav (n,)]} of the same texts, prompts [wav] -> {name: {measure: (mean, low, high)}}."""
+def measure_voices(groups, prompts, embed=None, score=None, pitch=None):
+    """groups {name: ([wav (n,)], [text])}, prompts [wav] -> {name: {measure: (mean, low, high)}}."""
     anchors = [embed(wav) for wav in prompts] if embed else []
     results = {}
-    for name, wavs in groups.items():
+    for name, (wavs, texts) in groups.items():
         rows = []
         for k, wav in enumerate(tqdm(wavs, name, mininterval=2)):
-            row = {"letters a second": len(texts[k].replace(" ", "")) / max(0.1, len(wav) / SAMPLE_RATE)}
+            seconds = len(wav) / SAMPLE_RATE
+            row = {"seconds": seconds, "letters a second": len(texts[k].replace(" ", "")) / max(0.1, seconds)}
             if embed:
                 row["similarity"] = float(anchors[k] @ embed(wav))
             row |= score(wav) if score else {}
@@ -99,27 +100,28 @@ def measure_voices(groups, prompts, texts, embed=None, score=None, pitch=None):
 
 
 def speak(speaker, dataset, n, seed=0):
-    """n texts of the dataset in the voice of another utterance of the same speaker -> texts, prompts [wav],
-    groups of wavs as of `measure_voices`, and the share that ended by itself."""
-    n = min(n, len(dataset))
+    """n texts of the dataset in the voice of another utterance of the same speaker -> prompts [wav], groups
+    as of `measure_voices`, and the share that ended by itself."""
+    paired = dataset.paired()
+    chosen, who = paired[:n].tolist(), dataset.index[paired, 4]
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    prompts = [dataset.draw_prompt(i, speaker.config.prompt_len, rng) for i in range(n)]
-    texts = dataset.info["text"][:n]
-    given = prompts if synthesis_task(speaker.config) == "tts" else [None] * n
+    prompts = [dataset.draw_prompt(i, speaker.config.prompt_len, rng) for i in chosen]
+    strangers = [int(rng.choice(paired[who != dataset.index[i, 4]])) for i in chosen]
+    texts, theirs = ([dataset.info["text"][i] for i in some] for some in (chosen, strangers))
+    given = prompts if synthesis_task(speaker.config) == "tts" else [None] * len(chosen)
     spoken = speaker.synthesise(texts, given, generator)
-    who = dataset.index[:, 4]
-    strangers = [int(rng.choice(np.flatnonzero(who != who[i]))) for i in range(n)]
     decode = lambda group: [speaker.decode(codes) for codes in group]
-    groups = {"the model": decode([codes for codes, _ in spoken]),
-              "recordings, tokenized": decode([dataset[i][0] for i in range(n)]),
-              "another speaker": decode([dataset[i][0] for i in strangers])}
-    return texts, decode(prompts), groups, float(np.mean([ended for _, ended in spoken]))
+    groups = {"the model": (decode([codes for codes, _ in spoken]), texts),
+              "recordings, tokenized": (decode([dataset[i][0] for i in chosen]), texts),
+              "another speaker": (decode([dataset[i][0] for i in strangers]), theirs)}
+    return decode(prompts), groups, float(np.mean([ended for _, ended in spoken]))
 
 
-def write_versa(folder, texts, prompts, groups):
+def write_versa(folder, prompts, groups):
     """wavs, and the lists "id path" and "id text" that VERSA's scorer takes."""
     os.makedirs(folder, exist_ok=True)
-    kinds = {"wav": groups["the model"], "prompt": prompts, "original": groups["recordings, tokenized"]}
+    wavs, texts = groups["the model"]
+    kinds = {"wav": wavs, "prompt": prompts, "original": groups["recordings, tokenized"][0]}
     for kind, wavs in kinds.items():
         for k, wav in enumerate(wavs):
             soundfile.write(f"{folder}/{k:04d}.{kind}.wav", wav, SAMPLE_RATE)
@@ -140,27 +142,27 @@ def main(arguments):
     speaker = Speaker(args.run)
     data, c = find_data(speaker, args.data), speaker.config
     splits = [Dataset(data, split, token_streams=c.token_streams) for split in ("unseen", "seen")]
-    dataset = next((split for split in splits if len(set(split.index[:, 4])) > 1), None)
+    dataset = next((split for split in splits if len(set(split.index[split.paired(), 4])) > 1), None)
     if dataset is None:
         raise ValueError(f"{data} has no held-out utterances of two speakers")
     dataset.vocab = same_vocab(dataset.vocab, speaker.vocab, speaker.run)
-    texts, prompts, groups, ended = speak(speaker, dataset, args.n)
-    write_versa(f"{speaker.run}/voices", texts, prompts, groups)
+    prompts, groups, ended = speak(speaker, dataset, args.n)
+    write_versa(f"{speaker.run}/voices", prompts, groups)
     missing = {}
     embed = load("similarity", "transformers" if args.speaker_model else "resemblyzer", missing,
                  speaker_embedder, args.speaker_model)
     score = load("DNSMOS", "speechmos", missing, dnsmos_scorer)
-    results = measure_voices(groups, prompts, texts, embed, score,
+    results = measure_voices(groups, prompts, embed, score,
                              load("pitch", "librosa", missing, pitch_meter))
     for name, measures in results.items():
         print(f"{name}: " + ", ".join(f"{measure} {mean:.2f} ({low:.2f} to {high:.2f})"
                                       for measure, (mean, low, high) in measures.items()))
     for measure, how in missing.items():
         print(f"{measure}: not available: {how}")
-    print(f"{len(texts)} texts, {100 * ended:.0f} % ended by themselves; wavs and VERSA's lists in "
+    print(f"{len(prompts)} texts, {100 * ended:.0f} % ended by themselves; wavs and VERSA's lists in "
           f"{speaker.run}/voices")
     with open(f"{speaker.run}/results_voice.json", "w") as f:
-        json.dump(results | {"n": len(texts), "ended": ended, "not_available": missing}, f, indent=1)
+        json.dump(results | {"n": len(prompts), "ended": ended, "not_available": missing}, f, indent=1)
     return 3 if missing else 0
 
 

@@ -1,11 +1,11 @@
 """Sample: recognise, speak, continue.
 
-Fourteenth file of the reading order.
+Fifteenth file of the reading order.
   python sample.py out/numbers asr a.wav b.wav                                   one transcript a line
   ls *.wav | python sample.py out/numbers asr - --beam=4 --json                  files from stdin
   python sample.py out/numbers tts "seven three five" --prompt voice.wav --best=5 --out x.wav
   python sample.py out/numbers tts - --prompt voice.wav --out folder < lines     a wav for each, and a list
-  python sample.py out/numbers continue a.wav --out x.wav
+  python sample.py out/numbers continue a.wav --out x.wav                        or more files, into a folder
   python sample.py out/numbers text "seven three"
   python sample.py export out/numbers folder                 model, configuration and tokenizers, for others
   python sample.py export out/numbers folder --text-only     a plain text LLM, for `transformers`
@@ -19,233 +19,19 @@ import sys
 import time
 from contextlib import nullcontext
 
-import numpy as np
 import soundfile
 import torch
 
-from checkpoint import load_model, save_model
-from config import check_guidance
-from convert import export_text, is_published
-from data import prompt_frames
-from decode import beam_search, generate, prepare_for_decoding, steps
+from checkpoint import save_model
+from config import check_sampling
+from convert import export_text
 from explain import explain
-from interleave import SPEECH, TEXT, Vocab, generation_prefix, speech_codes, speech_frames, text_frames
 from script import run_script
-from tokenize_audio import Tokenizer, cut_wav, load_audio
-from tokenize_text import TOKENIZER_FILES, TextTokenizer, find_folder
-from wer import comparable, edit_distance, open_whisper
+from speaker import Speaker
+from tokenize_audio import Tokenizer, load_audio
+from wer import open_whisper
 
-FRAMES_A_LETTER = 1, 12     # speech is not shorter (50 letters a second) nor longer (4, and a second more)
 FILES = 16                  # recognised at once
-PIECE_LETTERS = 200         # longer texts are spoken piece by piece
-
-
-# ---- pieces ------------------------------------------------------------------------------------------------
-
-def cut_text(text, letters=PIECE_LETTERS):
-    """A long text -> pieces of at most so many letters, cut at ends of sentences, else commas, else words."""
-    words, pieces = text.split(), []
-    while words:
-        n, size = 0, 0
-        while n < len(words) and (n == 0 or size + len(words[n]) < letters):
-            size, n = size + len(words[n]) + 1, n + 1
-        if n < len(words):
-            ends = [[k for k in range(1, n + 1) if words[k - 1][-1] in marks] for marks in (".!?", ",;:")]
-            n = next((group[-1] for group in ends if group), n)
-        pieces.append(" ".join(words[:n]))
-        words = words[n:]
-    return pieces
-
-
-# ---- tasks -------------------------------------------------------------------------------------------------
-
-class Speaker:
-    """A trained model with its tokenizers: `transcribe`, `synthesise`, `continue_speech`, `continue_text`."""
-
-    def __init__(self, run, device="cpu", quant="", dtype="auto"):
-        self.model, self.config, self.vocab, self.state = load_model(run, device, dtype)
-        prepare_for_decoding(self.model, quant)
-        self.run, self.tokenizer = run, None
-        if is_published(run):           # its text tokenizer is the base LLM's; audio tokenizers are elsewhere
-            beside = os.path.exists(f"{run}/tokenizer.json")
-            folder = run if beside else find_folder(self.config.init_from, TOKENIZER_FILES)
-            self.text_tokenizer = TextTokenizer.load(folder)
-            return
-        if not os.path.isdir(f"{run}/text_tokenizer"):
-            self.run = os.path.dirname(os.path.abspath(run))                # from a checkpoint's to its run's
-        self.text_tokenizer = TextTokenizer.load(f"{self.run}/text_tokenizer")
-        if os.path.isdir(f"{self.run}/audio_tokenizer"):
-            self.tokenizer = t = Tokenizer.load(f"{self.run}/audio_tokenizer")
-            whole = Vocab(t.n_semantic, t.n_acoustic, t.n_level, self.vocab.n_text)
-            _, self.columns = whole.only(self.config.token_streams)
-
-    def encode(self, wav):
-        """wav (n,) at 16 kHz -> codes (T, N) of the streams that the model has."""
-        if self.tokenizer is None:
-            raise ValueError(f"{self.run} came without an audio tokenizer: it reads and writes text only")
-        return self.tokenizer.encode(wav)[:, self.columns]
-
-    def decode(self, codes):
-        """codes (T, N) -> wav (n,) at 16 kHz."""
-        return self.voice().decode(codes)
-
-    def voice(self):
-        """The audio tokenizer. ValueError if what the model says has no sound."""
-        if self.tokenizer is None or self.config.token_streams == "semantic":
-            raise ValueError(f"{self.run} has no acoustic tokens: what it says has no sound")
-        return self.tokenizer
-
-    def max_speech(self):
-        return int(self.config.max_speech_s * Tokenizer.frame_hz)
-
-    def text(self, frames):
-        return self.text_tokenizer.decode((frames[:, 0] - self.vocab.text_start).tolist())
-
-    def ids(self, text):
-        if not text.strip():
-            raise ValueError("the text is empty")
-        return text_frames(self.vocab, self.text_tokenizer.encode(text))
-
-    def recognise(self, codes, batch=50, beam=1):
-        """Greedy or by a beam: [codes (T, N)] -> [(text, of at most T / 4 + 8 tokens, ended)]."""
-        order, read = sorted(range(len(codes)), key=lambda i: len(codes[i])), [None] * len(codes)
-        for start in range(0, len(order), batch):
-            part = order[start:start + batch]
-            speech = [speech_frames(self.vocab, codes[i], self.config.semantic_asr) for i in part]
-            prefixes = [generation_prefix(self.vocab, "asr", {"speech": frames}) for frames in speech]
-            limits = [len(codes[i]) // 4 + 8 for i in part]
-            if beam > 1:
-                found = [beam_search(self.model, self.vocab, prefix, TEXT, limit, beam)
-                         for prefix, limit in zip(prefixes, limits)]
-            else:
-                found = generate(self.model, self.vocab, prefixes, TEXT, limits)
-            for i, (frames, ended) in zip(part, found):
-                read[i] = self.text(frames), ended
-        return read
-
-    def transcribe(self, codes, **options):
-        """[codes (T, N)] -> [text], as `recognise`."""
-        return [text for text, _ in self.recognise(codes, **options)]
-
-    def transcribe_wavs(self, wavs, beam=1):
-        """Speech [(n,)] at 16 kHz, of any length, in pieces as training's longest -> [(text, ended)]."""
-        cut = [cut_wav(wav, self.config.max_audio_s) for wav in wavs]
-        codes = [self.encode(piece) for pieces in cut for piece in pieces]
-        read = iter(self.recognise(codes, beam=beam))
-        whole = [[next(read) for _ in pieces] for pieces in cut]
-        return [(" ".join(text for text, _ in parts), all(ended for _, ended in parts)) for parts in whole]
-
-    def speech_options(self, generator, texts=None):
-        """What `decode.steps` takes for speech: limits (of given texts, by their letters), temperatures,
-        random numbers, guidance (away from what it would say of itself)."""
-        c, longest, shortest, unguided = self.config, self.max_speech(), 1, None
-        if texts:
-            low, high = FRAMES_A_LETTER
-            shortest = [max(3, min(longest, low * len(text))) for text in texts]
-            longest = [min(longest, high * len(text) + int(Tokenizer.frame_hz)) for text in texts]
-            check_guidance(c)
-            unguided = generation_prefix(self.vocab, "speech", {})
-        return (SPEECH, longest, shortest, c.temperature, c.acoustic_temperature, c.top_k, generator, c.top_p,
-                unguided, c.guidance if texts else 1.0)
-
-    def tts_prefix(self, text, prompt):
-        """text, prompt codes (T, N) or None -> the aligned frames (T, N) that speech follows."""
-        entries, c = {"text": self.ids(text)}, self.config
-        task = "plain_tts" if prompt is None else "tts"
-        if not c.mixture.get(task):
-            raise ValueError("this model has not learned to speak " + (
-                "without a voice prompt (task plain_tts): give one, --prompt voice.wav" if prompt is None else
-                "in a voice that it is given (task tts): leave the voice prompt away"))
-        if task == "tts":
-            entries["prompt"] = prompt_frames(self.vocab, prompt[:c.prompt_len], c.prompt_len)
-        return generation_prefix(self.vocab, task, entries)
-
-    def synthesise(self, texts, prompts, generator=None, batch=50):
-        """Speech synthesis: [text] and voice prompts [codes (T, N) or None] -> [(codes (L, N), ended)]."""
-        results, prefixes = [], [self.tts_prefix(text, prompt) for text, prompt in zip(texts, prompts)]
-        for start in range(0, len(texts), batch):
-            part = slice(start, start + batch)
-            results += generate(self.model, self.vocab, prefixes[part],
-                                *self.speech_options(generator, texts[part]))
-        return [(speech_codes(self.vocab, frames), ended) for frames, ended in results]
-
-    def synthesise_best(self, texts, prompts, n, generator=None, whisper=None):
-        """The best of n samples of each text: which the model itself, or a wer.Whisper, reads with the fewest
-        wrong words, and of those one that ended -> [(codes, ended)], as `synthesise`, and the share of wrong
-        words."""
-        samples = self.synthesise([text for text in texts for _ in range(n)],
-                                  [prompt for prompt in prompts for _ in range(n)], generator)
-        if n == 1:
-            return samples, None
-        if whisper:
-            heard = [whisper.hear(self.decode(codes)) for codes, _ in samples]
-        else:
-            heard = self.transcribe([np.asarray(codes) for codes, _ in samples])
-        best, wrong = [], []
-        for k, text in enumerate(texts):
-            errors = {}
-            for j in range(k * n, k * n + n):
-                pair = comparable(text, heard[j]) if whisper else (text.lower(), heard[j].lower())
-                errors[j] = edit_distance(*(words.split() for words in pair))
-            chosen = min(errors, key=lambda j: (errors[j], not samples[j][1]))
-            best.append(samples[chosen])
-            wrong.append(errors[chosen] / max(1, len(text.split())))
-        return best, wrong
-
-    def speak(self, text, prompt, n=1, generator=None, whisper=None):
-        """Speech of a text of any length -> (wav (m,), {"ended", "wrong"}): in pieces, a breath between."""
-        pieces = cut_text(text) or [text]
-        best, wrong = self.synthesise_best(pieces, [prompt] * len(pieces), n, generator, whisper)
-        breath, wavs = np.zeros(Tokenizer.sample_rate // 10, np.float32), []
-        for codes, _ in best:
-            wavs += [self.decode(codes), breath]
-        about = {"ended": all(ended for _, ended in best), "wrong": wrong and float(np.mean(wrong))}
-        return np.concatenate(wavs[:-1]), about
-
-    def synthesise_stream(self, text, prompt, generator=None, chunk=25, overlap=6):
-        """Yields wav pieces (n,) at 16 kHz while it decodes: every `chunk` frames what is certain by then.
-
-        Where the codec goes on by itself, pieces fit. Else one is decoded with `overlap` frames of the one
-        before, into which it is faded, since phases do not fit at a border. Frame t is complete N-1 steps
-        after its semantic token.
-        """
-        decode_next = self.voice().start_decoding()
-        done, tail, hop = 0, np.zeros(0, np.float32), int(Tokenizer.sample_rate / Tokenizer.frame_hz)
-        going = steps(self.model, self.vocab, [self.tts_prefix(text, prompt)],
-                      *self.speech_options(generator, [text]))
-        state, count = next(going), 1
-        while state is not None:
-            frames, known, eos = state
-            state, count = next(going, None), count + 1
-            ready = int(min(eos - known, count - self.vocab.n_stream))      # complete frames
-            if state is not None and ready - done < chunk:
-                continue
-            if decode_next:
-                codes = speech_codes(self.vocab, frames[0, known[0] + done:known[0] + ready])
-                done = ready
-                if len(codes):
-                    yield decode_next(codes)
-                continue
-            start = max(0, done - len(tail) // hop)
-            wav = self.decode(speech_codes(self.vocab, frames[0, known[0] + start:known[0] + ready]))
-            fade = np.linspace(0, 1, len(tail), dtype=np.float32)
-            wav[:len(tail)] = tail * (1 - fade) + wav[:len(tail)] * fade
-            keep = 0 if state is None else overlap * hop
-            tail, done = wav[len(wav) - keep:], ready
-            yield wav[:len(wav) - keep]
-
-    def continue_speech(self, codes, generator=None):
-        """codes (T, N) -> (the new codes (L, N), ended)."""
-        prefix = generation_prefix(self.vocab, "speech", {"speech": speech_frames(self.vocab, codes)})
-        [(frames, ended)] = generate(self.model, self.vocab, [prefix], *self.speech_options(generator))
-        return speech_codes(self.vocab, frames), ended
-
-    def continue_text(self, text, max_tokens=50, generator=None):
-        prefix = generation_prefix(self.vocab, "text", {"text": self.ids(text)})
-        c = self.config
-        [(frames, _)] = generate(self.model, self.vocab, [prefix], TEXT, max_tokens, 0, c.temperature, 0,
-                                 c.top_k, generator, c.top_p)
-        return f"{text} {self.text(frames)}".strip()
 
 
 def export(run, folder, text_only=False):
@@ -276,16 +62,23 @@ def export(run, folder, text_only=False):
 
 
 def write_stream(path, pieces):
-    """Write wav pieces as they come, `-`: as bare 16-bit samples to stdout; says how long the first took."""
+    """Write wav pieces as they come, `-`: as bare 16-bit samples to stdout; says how long the first took, and
+    how it ended, which `pieces` returns."""
     began, first, n, rate = time.time(), None, 0, Tokenizer.sample_rate
     bare = path == "-"
     with nullcontext(sys.stdout.buffer) if bare else soundfile.SoundFile(path, "w", rate, 1) as out:
-        for piece in pieces:
+        while True:
+            try:
+                piece = next(pieces)
+            except StopIteration as end:
+                ended = end.value
+                break
             first = first or time.time() - began
             out.write((32767 * piece.clip(-1, 1)).astype("<i2").tobytes() if bare else piece)
             out.flush()
             n += len(piece)
-    print(f"{path}: {n / rate:.2f} s of sound in {time.time() - began:.2f} s, the first after {first:.2f} s",
+    print(f"{path}: {n / rate:.2f} s of sound in {time.time() - began:.2f} s, the first after {first:.2f} s; "
+          + ("ended by itself" if ended else "cut at its limit, no end came"),
           file=sys.stderr if bare else sys.stdout)
 
 
@@ -316,7 +109,7 @@ def main(arguments):
     parser.add_argument("--beam", type=int, default=1, help="asr: keep so many hypotheses (1: greedy)")
     parser.add_argument("--best", type=int, default=1, help="tts: of so many samples the best, by own ASR")
     parser.add_argument("--whisper", help="tts --best: by this Whisper's ear (CTranslate2 form) instead")
-    parser.add_argument("--json", action="store_true", help="asr: a line of json for each file")
+    parser.add_argument("--json", action="store_true", help="a line of json for each of them")
     parser.add_argument("--explain", metavar="PAGE", help="asr, tts: look inside, see explain.py")
     parser.add_argument("--head", help="LAYER,HEAD whose attention that page shows (default: the best)")
     parser.add_argument("--stream", action="store_true", help="tts: write while it speaks; --out - to stdout")
@@ -325,28 +118,33 @@ def main(arguments):
     for name in ("temperature", "acoustic_temperature", "top_k", "top_p", "guidance"):
         if getattr(args, name) is not None:
             setattr(speaker.config, name, getattr(args, name))
+    check_sampling(speaker.config)
     generator = torch.Generator().manual_seed(args.seed)
     read = lambda path: speaker.encode(load_audio(path))
-    from_stdin = args.input == ["-"]
     if args.explain:
         return explain(speaker, args, generator)
+    from_stdin = args.input == ["-"]
     lines = [line.strip() for line in sys.stdin if line.strip()] if from_stdin else args.input
     if args.task == "asr":
         return transcribe_files(speaker, lines, args)
+    if args.task == "continue":
+        return say_all(speaker, lines, from_stdin or len(lines) > 1, args,
+                       lambda path: continue_file(speaker, read(path), generator))
+    texts = lines if from_stdin else [" ".join(lines)]
     if args.task == "text":
-        for text in lines if from_stdin else [" ".join(lines)]:
-            print(speaker.continue_text(text, generator=generator), flush=True)
-    elif args.task == "tts":
-        prompt = read(args.prompt) if args.prompt else None
-        if args.stream:
-            return write_stream(args.out, speaker.synthesise_stream(" ".join(lines), prompt, generator))
-        speak_all(speaker, lines if from_stdin else [" ".join(lines)], prompt, args, generator)
-    else:
-        given = read(args.input[0])
-        new, ended = speaker.continue_speech(given, generator)
-        wav = speaker.decode(torch.cat([torch.from_numpy(given), new]))
-        soundfile.write(args.out, wav, Tokenizer.sample_rate)
-        print(f"{args.out}: {how_it_ended(speaker, wav, ended)}")
+        for text in texts:
+            text, ended = speaker.continue_text(text, generator=generator)
+            print(json.dumps({"text": text, "ended": ended}, ensure_ascii=False) if args.json else text,
+                  flush=True)
+        return None
+    prompt = read(args.prompt) if args.prompt else None
+    if args.stream:
+        return write_stream(args.out, speaker.synthesise_stream(" ".join(texts), prompt, generator))
+    whisper, missing = open_whisper(args.whisper) if args.whisper else (None, None)
+    if missing:
+        raise ValueError(missing)
+    return say_all(speaker, texts, from_stdin, args,
+                   lambda text: speaker.speak(text, prompt, args.best, generator, whisper))
 
 
 def transcribe_files(speaker, paths, args):
@@ -363,36 +161,40 @@ def transcribe_files(speaker, paths, args):
         texts = dict(zip(wavs, speaker.transcribe_wavs(list(wavs.values()), args.beam)))
         for path in some:
             line = {"audio": path} | (errors.get(path) or dict(zip(("text", "ended"), texts[path])))
+            if not line.get("ended", True):
+                print(f"sample.py: {path}: cut at its limit, no end came", file=sys.stderr, flush=True)
             print(json.dumps(line, ensure_ascii=False) if args.json else line.get("text", ""), flush=True)
     return code
 
 
-def how_it_ended(speaker, wav, ended):
-    seconds, limit = len(wav) / Tokenizer.sample_rate, speaker.config.max_speech_s
-    return f"{seconds:.2f} s, " + (
-        "ended by itself" if ended else f"cut at its limit (at most {limit:g} s), no end came")
+def continue_file(speaker, codes, generator):
+    """codes (T, N) -> wav (m,) of them and what follows, and about it."""
+    new, ended = speaker.continue_speech(codes, generator)
+    return speaker.decode(torch.cat([torch.from_numpy(codes), new])), {"ended": ended}
 
 
-def speak_all(speaker, texts, prompt, args, generator):
-    """One text into the wav args.out; lines of stdin into that folder, with samples.jsonl about each."""
-    whisper, missing = open_whisper(args.whisper) if args.whisper else (None, None)
-    if missing:
-        raise ValueError(missing)
-    for number, text in enumerate(texts):
+def say_all(speaker, inputs, several, args, say):
+    """say(input) -> (wav (n,), about) for each: into the wav args.out, or, `several`, into that folder, with
+    samples.jsonl about each."""
+    for number, given in enumerate(inputs):
         path = args.out
-        if args.input == ["-"]:
+        if several:
             os.makedirs(args.out, exist_ok=True)
             path = f"{args.out}/{number:04d}.wav"
-        wav, about = speaker.speak(text, prompt, args.best, generator, whisper)
+        wav, about = say(given)
         soundfile.write(path, wav, Tokenizer.sample_rate)
-        ear = "Whisper's" if whisper else "its own"
-        print(f"{path}: {how_it_ended(speaker, wav, about['ended'])}"
-              + (f"; {100 * about['wrong']:.0f} % wrong by {ear} ear" if args.best > 1 else ""), flush=True)
-        if args.input == ["-"]:
-            about |= {"wav": path, "text": text, "prompt": args.prompt,
-                      "seconds": len(wav) / Tokenizer.sample_rate}
+        about |= {"wav": path, "text" if args.task == "tts" else "audio": given, "prompt": args.prompt,
+                  "seconds": len(wav) / Tokenizer.sample_rate}
+        line = json.dumps(about, ensure_ascii=False)
+        if several:
             with open(f"{args.out}/samples.jsonl", "a" if number else "w", encoding="utf-8") as f:
-                f.write(json.dumps(about, ensure_ascii=False) + "\n")
+                f.write(line + "\n")
+        ended = "ended by itself" if about["ended"] else (
+            f"cut at its limit (at most {speaker.config.max_speech_s:g} s), no end came")
+        if about.get("wrong") is not None:
+            whose = "Whisper's" if args.whisper else "its own"
+            ended += f"; {100 * about['wrong']:.0f} % wrong by {whose} ear"
+        print(line if args.json else f"{path}: {about['seconds']:.2f} s, {ended}", flush=True)
 
 
 if __name__ == "__main__":

@@ -39,16 +39,16 @@ def edit_counts(reference, hypothesis):
 
 
 def word_errors(references, hypotheses, cap=False):
-    """-> errors (M,), words of the references (M,), as of `word_error_rate`."""
+    """-> errors (M,), words of the references (M,). cap: an utterance's errors count at most its words, so
+    that one endless repetition does not stand for the whole test."""
     pairs = [(r.split(), h.split()) for r, h in zip(references, hypotheses, strict=True)]
     errors, words = np.array([edit_distance(*pair) for pair in pairs]), np.array([len(r) for r, _ in pairs])
     return np.minimum(errors, words) if cap else errors, words
 
 
-def word_error_rate(references, hypotheses, cap=False):
-    """Corpus WER in percent: all errors / all reference words. cap: an utterance's errors count at most its
-    words, so that one endless repetition does not stand for the whole test."""
-    errors, words = word_errors(references, hypotheses, cap)
+def word_error_rate(references, hypotheses):
+    """Corpus WER in percent: all errors / all reference words."""
+    errors, words = word_errors(references, hypotheses)
     return float(100 * errors.sum() / words.sum())
 
 
@@ -59,10 +59,11 @@ def error_report(references, hypotheses):
     words, errors = np.array([len(r.split()) for r in references]), counts.sum(1)
     letters = [edit_distance(r, h) for r, h in zip(references, hypotheses)]
     wer, low, high = interval(errors, words)
+    cer, *cer_spread = interval(letters, [len(r) for r in references])
     worst = np.argsort(-errors / np.maximum(words, 1), kind="stable")[:5]
     return {"wer": 100 * wer, "wer_interval": [100 * low, 100 * high],
             "wer_mean_of_utterances": 100 * float(np.mean(errors / np.maximum(words, 1))),
-            "cer": 100 * sum(letters) / max(1, sum(map(len, references))),
+            "cer": 100 * cer, "cer_interval": [100 * x for x in cer_spread],
             "words": int(words.sum()), **dict(zip(("substitutions", "insertions", "deletions"),
                                                  counts.sum(0).tolist())),
             "worst": [[references[k], hypotheses[k]] for k in worst]}
@@ -78,9 +79,10 @@ def interval(values, of=None, n=1000, seed=0):
     return float(values.sum() / of.sum()), *map(float, np.percentile(again, [2.5, 97.5]))
 
 
-def capped_interval(references, hypotheses):
-    """The 95 % interval of the capped WER, in percent."""
-    return [100 * x for x in interval(*word_errors(references, hypotheses, cap=True))[1:]]
+def capped_rate(name, references, hypotheses):
+    """The capped WER in percent, with its 95 % interval -> {name: WER, name_interval: [low, high]}."""
+    wer, *spread = interval(*word_errors(references, hypotheses, cap=True))
+    return {name: 100 * wer, f"{name}_interval": [100 * x for x in spread]}
 
 
 # ---- Whisper -----------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """Claim: every file can be read in one sitting, and the README's figures about the code are true."""
+import ast
 import re
 import subprocess
 import sys
@@ -23,6 +24,16 @@ def test_the_readme_states_the_true_line_counts():
     stated = {name: int(lines) for name, lines in rows}
     assert stated == counts()
     assert f"{sum(counts().values())} lines" in readme
+
+
+def test_no_file_needs_a_later_one():
+    """What a file imports when it is read stands above it in the README's table."""
+    order = re.findall(r"^\| `(\w+)\.py` \|", (ROOT / "README.md").read_text(), re.M)
+    for place, name in enumerate(order):
+        for node in ast.parse((ROOT / f"{name}.py").read_text()).body:
+            needed = ([alias.name for alias in node.names] if isinstance(node, ast.Import) else
+                      [node.module] if isinstance(node, ast.ImportFrom) else [])
+            assert not set(needed) & set(order[place:]), f"{name}.py imports {needed}"
 
 
 def test_lint_is_clean():

@@ -22,7 +22,7 @@ from eval import find_data
 from heads import stream_logits, token_losses
 from interleave import SPECIAL, TEXT, Vocab, text_frames
 from parallel import empty_model
-from sample import Speaker
+from speaker import Speaker
 from tokenize_text import TextTokenizer
 from train import train
 

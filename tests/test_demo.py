@@ -7,7 +7,7 @@ import pytest
 import soundfile
 
 from data import Dataset
-from sample import Speaker
+from speaker import Speaker
 from tokenize_audio import load_audio
 
 gradio = pytest.importorskip("gradio", reason="pip install -e '.[demo]'")

@@ -10,16 +10,33 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_here
 
+from data import Dataset
 from eval import compare, note_error_rates, pick_utterances
 from plot import read_run
-from wer import comparable, edit_counts, edit_distance, error_report, interval, spell_out, word_error_rate
+from wer import (
+    capped_rate,
+    comparable,
+    edit_counts,
+    edit_distance,
+    error_report,
+    interval,
+    spell_out,
+    word_error_rate,
+)
 
 
 def test_word_error_rate_agrees_with_jiwer():
+    """Pair by pair, a thousand of them, and all of them as one: words, letters, and the kinds of errors."""
     jiwer = pytest.importorskip("jiwer")
     rng = random.Random(0)
-    texts = [[" ".join(rng.choices("abcd", k=rng.randint(1, 9))) for _ in range(50)] for _ in range(2)]
-    assert word_error_rate(*texts) == pytest.approx(100 * jiwer.wer(*texts))
+    texts = [[" ".join(rng.choices("abcd", k=rng.randint(1, 9))) for _ in range(1000)] for _ in range(2)]
+    for pair in zip(*texts):
+        assert word_error_rate(*[[text] for text in pair]) == pytest.approx(100 * jiwer.wer(*pair))
+    report, theirs = error_report(*texts), jiwer.process_words(*texts)
+    assert report["wer"] == pytest.approx(100 * theirs.wer)
+    assert report["cer"] == pytest.approx(100 * jiwer.cer(*texts))
+    errors = sum(report[name] for name in ("substitutions", "insertions", "deletions"))
+    assert errors == theirs.substitutions + theirs.insertions + theirs.deletions
     assert edit_distance("a b c".split(), "a x c d".split()) == 2 and word_error_rate(["a b"], [""]) == 100
 
 
@@ -54,13 +71,15 @@ def test_two_runs_are_compared_utterance_by_utterance(tmp_path):
 
 
 def test_utterances_of_a_speaker_are_tested_as_one_long_one():
-    """Two speakers take turns, the third has a single utterance, which no other goes with."""
+    """Two speakers take turns, the third has a single utterance, which no other goes with; text alone and
+    speech alone are no test of either."""
     speakers = np.array([0, 1, 0, 1, 2, 0, 1, 0])
-    by_speaker = np.argsort(speakers, kind="stable")
-    dataset = SimpleNamespace(by_speaker=by_speaker, speakers=speakers[by_speaker])
+    index = np.ones((10, 5), int)
+    index[:, 4], index[8, 1], index[9, 3] = [*speakers, 0, 0], 0, 0
+    dataset = SimpleNamespace(index=index, paired=lambda: Dataset.paired(dataset))
     assert pick_utterances(dataset, 9, 2) == [[0, 2], [1, 3], [5, 7]]
     assert pick_utterances(dataset, 2, 3) == [[0, 2, 5], [1, 3, 6]] and not pick_utterances(dataset, 9, 5)
-    assert pick_utterances(range(8), 3) == [[0], [1], [2]]
+    assert pick_utterances(dataset, 99) == [[k] for k in range(8)] and len(pick_utterances(dataset, 3)) == 3
     with pytest.raises(ValueError, match="one utterance is the least"):
         pick_utterances(dataset, 9, 0)
 
@@ -68,7 +87,8 @@ def test_utterances_of_a_speaker_are_tested_as_one_long_one():
 def test_the_cap_keeps_one_endless_answer_from_standing_for_all():
     references, hypotheses = ["one two", "three four"], ["one two", "four " * 200]
     assert word_error_rate(references, hypotheses) > 1000
-    assert word_error_rate(references, hypotheses, cap=True) == 50
+    found = capped_rate("wer", references, hypotheses)
+    assert found["wer"] == 50 and found["wer_interval"] == [0, 100]
 
 
 @pytest.mark.parametrize("heard, reference, words", [

@@ -20,7 +20,7 @@ from eval_text import (
 )
 from heads import stream_logits
 from interleave import Vocab, text_frames
-from sample import Speaker
+from speaker import Speaker
 from tokenize_text import TextTokenizer
 
 N_MMLU = int(os.environ.get("NANO_MMLU", 3))        # questions that are asked of transformers too
@@ -58,6 +58,8 @@ def test_the_likeliest_choice_wins_and_letters_follow_their_examples(speaker, tm
     words = ["one", "two", "three", "four five six"]
     rows = [{"question": "seven", "choices": words, "gold": gold} for gold in range(4)]
     found = multiple_choice(speaker.model, speaker.vocab, speaker.text_tokenizer, rows)
+    assert ask(rows[0], ())[0] == "Question: seven\nAnswer:"
+    assert ask(rows[0] | {"ending": True}, ()) == ("seven", [f" {word}" for word in words])
     assert found["acc"][0] == found["acc_norm"][0] == 0.25, "one and the same choice wins four times"
     row = {"question": "Q?", "choices": ["x", "y"], "gold": 1, "subject": "high_school_physics"}
     context, letters = ask(row, [row | {"question": "E?"}, row | {"subject": "law"}])

@@ -20,8 +20,10 @@ def test_each_group_gets_each_measure_with_its_interval():
         return np.array([1.0, 0.0] if low else [0.0, 1.0])
 
     prompts, texts = [tone(100)] * 4, ["four letters"] * 4
-    groups = {"own": [tone(110, 2)] * 4, "half": [tone(110), tone(300)] * 2, "other": [tone(300)] * 4}
-    found = measure_voices(groups, prompts, texts, embed, lambda wav: {"MOS": 3.0})
+    groups = {"own": ([tone(110, 2)] * 4, texts), "half": ([tone(110), tone(300)] * 2, texts),
+              "other": ([tone(300)] * 4, ["two"] * 4)}
+    found = measure_voices(groups, prompts, embed, lambda wav: {"MOS": 3.0})
+    assert found["own"]["seconds"] == (2, 2, 2) and found["other"]["letters a second"] == (3, 3, 3)
     assert found["own"]["similarity"] == (1, 1, 1) and found["other"]["similarity"][0] == 0
     mean, low, high = found["half"]["similarity"]
     assert mean == 0.5 and low < 0.3 and high > 0.7
@@ -45,5 +47,5 @@ def test_the_command_says_what_is_missing_and_leaves_lists_for_versa(tiny_run, m
     assert [line.split()[0] for line in lines] == ["0000", "0001", "0002"]
     assert all(soundfile.info(line.split()[1]).samplerate == 16000 for line in lines)
     found = json.load(open(f"{tiny_run}/results_voice.json"))
-    assert found["n"] == 3 and set(found["the model"]) == {"letters a second"}
+    assert found["n"] == 3 and set(found["the model"]) == {"seconds", "letters a second"}
     assert set(found["not_available"]) == {"similarity", "DNSMOS", "pitch"}

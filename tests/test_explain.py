@@ -9,7 +9,7 @@ import explain
 from data import Dataset
 from heads import token_losses
 from interleave import build_sequence, speech_frames, text_frames, training_rows
-from sample import Speaker
+from speaker import Speaker
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,8 @@ from explain import explain_tts
 from heads import stream_logits
 from interleave import EOS, PAD, SPEECH, TEXT, delay, generation_prefix, speech_codes
 from model import Model, ModelConfig
-from sample import Speaker, cut_text, write_stream
+from sample import write_stream
+from speaker import Speaker, cut_text
 from tokenize_audio import cut_wav
 from train import train
 
@@ -149,7 +150,9 @@ def test_the_fast_step_is_the_plain_one_also_for_ragged_prompts(model_type, toy,
 def test_streamed_speech_is_the_speech_in_pieces(tiny_run, tiny_data, monkeypatch):
     """75 frames, with no end before, in pieces of at least 10."""
     speaker, codes = Speaker(tiny_run, dtype="float32"), Dataset(tiny_data, "unseen")[0][0]
-    monkeypatch.setattr(speaker, "speech_options", lambda g, texts: (SPEECH, 75, 75, 0.5, 0.5, 10, g))
+    monkeypatch.setattr(speaker, "speech_options", lambda g, texts: dict(
+        modality=SPEECH, max_frames=[75], min_frames=75, temperature=0.5, acoustic_temperature=0.5,
+        top_k=10, generator=g))
     text = "seven three five"
     [(whole, _)] = speaker.synthesise([text], [codes], torch.Generator().manual_seed(3))
     pieces = list(speaker.synthesise_stream(text, codes, torch.Generator().manual_seed(3), chunk=10))
@@ -177,6 +180,8 @@ def test_long_texts_and_long_speech_go_in_pieces():
     wav[26000:30000] = 0
     pieces = cut_wav(wav, 2.0)
     assert np.array_equal(np.concatenate(pieces), wav) and max(map(len, pieces)) <= 32000
+    wav[31000:32100] = 0
+    assert min(map(len, cut_wav(wav[:32100], 2.0))) >= 1024, "a rest too short to be read is not cut off"
     assert 26000 <= len(pieces[0]) <= 30000, "cut where it is quiet"
 
 
@@ -243,7 +248,7 @@ def test_listening_compares_what_is_given_with_anothers(task, tiny_run, tiny_dat
     assert found["own"] != found["other"] and 1 < found["own"] < 30
 
     class AllGivenTheSame:
-        info, draw_prompt = dataset.info, dataset.draw_prompt
+        info, draw_prompt, paired = dataset.info, dataset.draw_prompt, dataset.paired
         __len__ = lambda self: len(dataset)
         __getitem__ = lambda self, i: (dataset[0 if task == "asr" else i][0],
                                        dataset[i if task == "asr" else 0][1], 0)
@@ -258,6 +263,10 @@ def test_a_model_of_one_voice_needs_no_prompt(tiny_flags, tiny_data, tmp_path):
     train(load_config([*tiny_flags, f"--out_dir={run}", "--max_steps=3", "--max_speech_s=0.6",
                        "--mixture={'asr': 1, 'plain_tts': 1}"]), tiny_data)
     found = evaluate(run, n=3)
+    speaker = Speaker(run)
+    assert not speaker.ids("SEVEN").equal(speaker.ids("seven"))
+    speaker.config.lower = True
+    assert speaker.ids("SEVEN").equal(speaker.ids("seven")), "texts are given as the transcripts were"
     assert found["tts"]["own_asr"]["n"] == 3 and set(found["listening"]) == {"asr", "plain_tts"}
     assert "acoustic8" in found["perplexity"]["seen"] and "after its own text" in table(found)
     speaker = Speaker(run)
@@ -273,9 +282,15 @@ def test_a_player_gets_bare_samples_as_they_come(monkeypatch, capsys):
     """`tts --stream --out - | aplay -r 16000 -f S16_LE`: nothing but samples on stdout."""
     out = io.TextIOWrapper(io.BytesIO())
     monkeypatch.setattr(sys, "stdout", out)
-    write_stream("-", iter([np.array([0.0, 1.0]), np.array([-2.0])]))
+    def pieces():
+        yield np.array([0.0, 1.0])
+        yield np.array([-2.0])
+        return True
+
+    write_stream("-", pieces())
     assert out.buffer.getvalue() == np.array([0, 32767, -32767], "<i2").tobytes()
-    assert "the first after" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the first after" in said and "ended by itself" in said
 
 
 def test_the_command_line_speaks_and_listens(tiny_run, tiny_data, tmp_path, monkeypatch):
@@ -300,6 +315,11 @@ def test_the_command_line_speaks_and_listens(tiny_run, tiny_data, tmp_path, monk
     rows = [json.loads(line) for line in open(tmp_path / "many/samples.jsonl")]
     assert [row["text"] for row in rows] == ["one two", "three"] and "wrong by its own ear" in told
     assert all(os.path.exists(row["wav"]) and row["wrong"] >= 0 for row in rows)
+    told = call("continue", voice, voice, "--json", "--out", str(tmp_path / "on"))[1]
+    first, last = map(json.loads, told.splitlines())
+    assert first["audio"] == voice and "ended" in first and first["wav"] != last["wav"]
+    assert soundfile.info(last["wav"]).duration == last["seconds"] > soundfile.info(voice).duration - 0.02
+    assert set(json.loads(call("text", "one", "--json")[1])) == {"text", "ended"}
     assert "x.wav" in call("tts", "one", "--prompt", voice, "--out", out, "--guidance=2")[1]
     assert not np.array_equal(wav, soundfile.read(out)[0])
     for arguments, message in ((("tts", "one"), "without a voice prompt"),
