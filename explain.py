@@ -15,7 +15,6 @@ import numpy as np
 import soundfile
 import torch
 
-from data import prompt_frames
 from heads import stream_logits
 from interleave import N_SPECIAL, TEXT, build_sequence, speech_frames, training_rows, undelay
 from plot import in_grey
@@ -215,12 +214,12 @@ def explain_tts(speaker, text, prompt, generator, head=None):
     if len(codes) < 3:
         raise ValueError("the model ended at once: there is nothing to look at; try another --seed")
     c, wav = speaker.config, speaker.decode(codes)
-    entries = {"text": speaker.ids(text), "speech": speech_frames(speaker.vocab, codes)}
+    task, entries = speaker.tts_entries(text, prompt)
+    entries["speech"] = speech_frames(speaker.vocab, codes)
     about = (f"{speaker.run}: {len(codes)} frames, {len(wav) / SAMPLE_RATE:.2f} s, "
              + ("ended by itself" if ended else "cut at its limit"))
-    wavs, task = {"spoken by the model": wav}, "plain_tts"
+    wavs = {"spoken by the model": wav}
     if prompt is not None:
-        entries["prompt"], task = prompt_frames(speaker.vocab, prompt[:c.prompt_len], c.prompt_len), "tts"
         wavs["voice prompt"] = speaker.decode(prompt[:c.prompt_len])
     return page(speaker, task, text, wavs, entries, about, head), wav
 

@@ -217,7 +217,8 @@ class NeuralCodec:
         config = AutoConfig.from_pretrained(folder)
         if config.model_type not in ("dac", "encodec", "mimi", "xcodec"):
             raise ValueError(f"{name} is a {config.model_type} model: we know DAC, EnCodec, Mimi and X-codec")
-        self.kind, self.rate = config.model_type, config.sampling_rate
+        self.kind = config.model_type
+        self.rate = config.sample_rate if self.kind == "xcodec" else config.sampling_rate
         self.n_level, self.device = n_level, device
         self.model = AutoModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
         self.model.requires_grad_(False)

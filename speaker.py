@@ -129,8 +129,8 @@ class Speaker:
                     acoustic_temperature=c.acoustic_temperature, top_k=c.top_k, top_p=c.top_p,
                     generator=generator, unguided=unguided, guidance=c.guidance if texts else 1.0)
 
-    def tts_prefix(self, text, prompt):
-        """text, prompt codes (T, N) or None -> the aligned frames (T, N) that speech follows."""
+    def tts_entries(self, text, prompt):
+        """text, prompt codes (T, N) or None -> the task, and what stands before speech {"text", "prompt"}."""
         entries, c = {"text": self.ids(text)}, self.config
         task = "plain_tts" if prompt is None else "tts"
         if not c.mixture.get(task):
@@ -139,11 +139,12 @@ class Speaker:
                 "in a voice that it is given (task tts): leave the voice prompt away"))
         if task == "tts":
             entries["prompt"] = prompt_frames(self.vocab, prompt[:c.prompt_len], c.prompt_len)
-        return generation_prefix(self.vocab, task, entries)
+        return task, entries
 
     def synthesise(self, texts, prompts, generator=None, batch=50):
         """Speech synthesis: [text] and voice prompts [codes (T, N) or None] -> [(codes (L, N), ended)]."""
-        results, prefixes = [], [self.tts_prefix(text, prompt) for text, prompt in zip(texts, prompts)]
+        results, prefixes = [], [generation_prefix(self.vocab, *self.tts_entries(*given))
+                                 for given in zip(texts, prompts)]
         for start in range(0, len(texts), batch):
             part = slice(start, start + batch)
             options = self.speech_options(generator, texts[part])
@@ -195,7 +196,8 @@ class Speaker:
         done, tail, hop = 0, np.zeros(0, np.float32), int(Tokenizer.sample_rate / Tokenizer.frame_hz)
         later = self.vocab.delay * (self.vocab.n_stream - 1)
         options = self.speech_options(generator, [text])
-        going = steps(self.model, self.vocab, [self.tts_prefix(text, prompt)], **options)
+        prefix = generation_prefix(self.vocab, *self.tts_entries(text, prompt))
+        going = steps(self.model, self.vocab, [prefix], **options)
         state, count = next(going), 1
         while state is not None:
             frames, known, eos = state

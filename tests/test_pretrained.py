@@ -21,31 +21,64 @@ def noise(seconds, seed=0):
     return (0.1 * np.random.default_rng(seed).standard_normal(int(16000 * seconds))).astype(np.float32)
 
 
-def small_hubert(folder, norm="layer"):
-    config = transformers.HubertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                                       intermediate_size=16, conv_dim=(8,) * 7, feat_extract_norm=norm,
-                                       num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2)
+def hubert_config(kind=transformers.HubertConfig, norm="layer"):
+    return kind(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+                conv_dim=(8,) * 7, feat_extract_norm=norm, num_conv_pos_embeddings=16,
+                num_conv_pos_embedding_groups=2)
+
+
+def small(folder, config):
     torch.manual_seed(0)
-    transformers.HubertModel(config).save_pretrained(folder)
+    kind = type(config).__name__.removesuffix("Config")
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(folder)
     return str(folder)
+
+
+def small_hubert(folder, norm="layer"):
+    return small(folder, hubert_config(norm=norm))
+
+
+def small_wavlm(folder):
+    return small(folder, hubert_config(transformers.WavLMConfig))
+
+
+def small_wav2vec2(folder):
+    return small(folder, hubert_config(transformers.Wav2Vec2Config))
 
 
 def small_whisper(folder):
-    config = transformers.WhisperConfig(d_model=16, encoder_layers=2, encoder_attention_heads=2,
-                                        encoder_ffn_dim=16, decoder_layers=1, decoder_attention_heads=2,
-                                        decoder_ffn_dim=16)
-    torch.manual_seed(0)
-    transformers.WhisperModel(config).save_pretrained(folder)
-    return str(folder)
+    return small(folder, transformers.WhisperConfig(
+        d_model=16, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=16, decoder_layers=1,
+        decoder_attention_heads=2, decoder_ffn_dim=16))
+
+
+def dac_config(rate=16000, **more):
+    return transformers.DacConfig(encoder_hidden_size=8, downsampling_ratios=[2, 4, 5, 8], codebook_dim=4,
+                                  decoder_hidden_size=32, upsampling_ratios=[8, 5, 4, 2], n_codebooks=12,
+                                  codebook_size=32, sampling_rate=rate, **more)
 
 
 def small_dac(folder, rate=16000):
-    config = transformers.DacConfig(encoder_hidden_size=8, downsampling_ratios=[2, 4, 5, 8], codebook_dim=4,
-                                    decoder_hidden_size=32, upsampling_ratios=[8, 5, 4, 2], n_codebooks=12,
-                                    codebook_size=32, sampling_rate=rate)
-    torch.manual_seed(0)
-    transformers.DacModel(config).save_pretrained(folder)
-    return str(folder)
+    return small(folder, dac_config(rate))
+
+
+def small_encodec(folder):
+    return small(folder, transformers.EncodecConfig(
+        sampling_rate=16000, target_bandwidths=[4.0], upsampling_ratios=[8, 5, 4, 2], num_filters=4,
+        hidden_size=16, codebook_size=32, codebook_dim=16, num_lstm_layers=1))
+
+
+def small_xcodec(folder):
+    return small(folder, transformers.XcodecConfig(
+        target_bandwidths=[4.0], sample_rate=16000, codebook_size=32, codebook_dim=32,
+        acoustic_model_config=dac_config(hidden_size=16), semantic_model_config=hubert_config()))
+
+
+def small_mimi(folder):
+    return small(folder, transformers.MimiConfig(
+        hidden_size=16, num_filters=4, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=8, intermediate_size=16, codebook_size=32, codebook_dim=8, num_quantizers=8,
+        vector_quantization_hidden_dimension=8, upsample_groups=16))
 
 
 def test_windows_keep_every_frame_once_with_context_on_both_sides():
@@ -57,7 +90,7 @@ def test_windows_keep_every_frame_once_with_context_on_both_sides():
             assert (first == 0 or kept - first >= 100) and (end == n or end - end_kept >= 100)
 
 
-@pytest.mark.parametrize("make", [small_hubert, small_whisper])
+@pytest.mark.parametrize("make", [small_hubert, small_wavlm, small_wav2vec2, small_whisper])
 def test_an_encoder_makes_a_frame_of_every_20_ms(make, tmp_path):
     encoder = SpeechEncoder(make(tmp_path))
     for n in (1600, 1601, 16000, 50001):
@@ -89,11 +122,18 @@ def test_utterances_do_not_notice_each_other_in_a_batch(make, tmp_path, monkeypa
     assert sizes == ([2, 1, 2] if make == group_hubert else [3, 2])
 
 
-def test_codecs_must_make_50_frames_a_second(tmp_path):
-    codec = NeuralCodec(small_dac(tmp_path / "dac"), n_level=8)
+@pytest.mark.parametrize("make", [small_dac, small_encodec, small_xcodec])
+def test_a_codec_makes_sound_of_its_codes(make, tmp_path):
+    codec = NeuralCodec(make(tmp_path), n_level=8)
     codes = codec.codes(noise(2))
-    assert codes.shape == (100, 8) and int(codes.max()) < 32
+    assert codes.shape == (100, 8) and 0 <= int(codes.min()) <= int(codes.max()) < 32
     assert len(codec.sound(codes)) == pytest.approx(32000, abs=640)
+
+
+def test_codecs_must_make_50_frames_a_second(tmp_path):
+    small_dac(tmp_path / "dac")
+    with pytest.raises(ValueError, match="12.5 frames a second"):
+        NeuralCodec(small_mimi(tmp_path / "mimi"))
     with pytest.raises(ValueError, match="75 frames a second"):
         NeuralCodec(small_dac(tmp_path / "24k", rate=24000))
     with pytest.raises(ValueError, match="12 levels, 20"):
