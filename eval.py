@@ -321,8 +321,9 @@ def main(arguments):
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
     args = parser.parse_args(arguments)
     if args.plot:
-        plot_comparison([args.run, *args.plot], f"{args.run}/compare.png")
-        print(f"{args.run}/compare.png")
+        path = f"{args.run if os.path.isdir(args.run) else os.path.dirname(args.run)}/compare.png"
+        plot_comparison([args.run, *args.plot], path)
+        print(path)
         return 0
     if args.compare:
         print(compare(args.run, args.compare, join=args.join))

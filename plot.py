@@ -1,7 +1,8 @@
 """Plot: the curves of a run, and of several beside each other.
 
 Helper of train.py and eval.py: train.py leaves curves.png beside out.jsonl, eval.py draws it again with the
-error rates, and   python eval.py out/a --plot out/b out/c   compares runs in out/a/compare.png.
+error rates, and   python eval.py out/a --plot out/b out/c   compares runs in out/a/compare.png. A run is its
+folder, or an out.jsonl that was kept, under any name.
 """
 import json
 import os
@@ -14,9 +15,11 @@ def read_run(run):
     """
     found = []
     for name in ("out", "wer"):
-        rows = []
-        if os.path.exists(f"{run}/{name}.jsonl"):
-            with open(f"{run}/{name}.jsonl") as f:
+        rows, path = [], f"{run}/{name}.jsonl"
+        if name == "out" and os.path.isfile(run):
+            path = run
+        if os.path.exists(path):
+            with open(path) as f:
                 for line in f:
                     try:
                         rows.append(json.loads(line))
@@ -46,6 +49,8 @@ def canvas(heights):
 def in_grey(axis):
     """Labels that can be read on light and on dark pages."""
     axis.tick_params(colors="#888888", labelsize=8)
+    for spine in axis.spines.values():
+        spine.set_color("#888888")
     for part in (axis.xaxis.label, axis.yaxis.label, axis.title):
         part.set_color("#888888")
 
@@ -92,17 +97,21 @@ def plot_curves(run):
 
 def plot_comparison(runs, path):
     """Held-out text and semantic losses, and WER, of several runs over the frames that each has seen."""
-    figure, axes = canvas([2, 2, 2])
-    for i, run in enumerate(runs):
-        rows, wers = read_run(run)
+    found = [read_run(run) for run in runs]
+    figure, axes = canvas([2, 2, 2] if any(wers for _, wers in found) else [2, 2])
+    for i, (run, (rows, wers)) in enumerate(zip(runs, found)):
         if not rows:
             raise ValueError(f"{run} has no out.jsonl: name folders of runs")
+        run = os.path.basename(run.rstrip("/")).removesuffix(".jsonl")
         for axis, name in zip(axes[:2, 0], ("text", "semantic")):
             held = draw(axis, rows, name, "frames", True, color=f"C{i}", marker="o", markersize=3, label=run)
             if not held:
                 draw(axis, rows, name, "frames", color=f"C{i}", label=f"{run}, in training")
             axis.set(ylabel=f"{name}, nats", title="")
-        draw(axes[2, 0], wers, "asr_unseen", "frames", color=f"C{i}", marker="o", label=run)
-        draw(axes[2, 0], wers, "tts", "frames", color=f"C{i}", marker="x", linestyle=":", label=f"{run}, TTS")
-    axes[2, 0].set(ylabel="WER, %", xlabel="frames")
+        if wers:
+            draw(axes[2, 0], wers, "asr_unseen", "frames", color=f"C{i}", marker="o", label=run)
+            draw(axes[2, 0], wers, "tts", "frames", color=f"C{i}", marker="x", linestyle=":",
+                 label=f"{run}, TTS")
+            axes[2, 0].set(ylabel="WER, %")
+    axes[-1, 0].set(xlabel="frames")
     finish(figure, axes, path)

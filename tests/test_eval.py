@@ -135,5 +135,8 @@ def test_curves_show_error_rates_by_step_and_compare_runs(tiny_run, tmp_path):
     assert read_run(run)[0] == rows, "a line that a kill cut off is no obstacle"
     code, out, err = run_here(ROOT / "eval.py", str(run), "--plot", tiny_run)
     assert code == 0 and os.path.getsize(run / "compare.png") > 5000, err
+    kept = shutil.copy(run / "out.jsonl", tmp_path / "kept.jsonl")
+    code, out, err = run_here(ROOT / "eval.py", str(kept), "--plot", tiny_run)
+    assert code == 0 and os.path.getsize(tmp_path / "compare.png") > 5000, err
     code, out, err = run_here(ROOT / "eval.py", str(run), "--plot", str(tmp_path))
     assert code == 2 and "no out.jsonl" in err
