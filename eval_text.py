@@ -154,15 +154,20 @@ def main(arguments):
     args = parser.parse_args(arguments)
     speaker = Speaker(args.run)
     models = {args.run: (speaker.model, speaker.text_tokenizer)}
-    if args.before:
-        base, tokenizer = base_model(speaker, args.before)
-        # a run with a small part of the LLM's merges is asked in the LLM's own spelling too
-        models[f"{args.run}, whole vocabulary"] = speaker.model, tokenizer
-        models[args.before] = base, tokenizer
-    shots, results = read_rows(args.shots) if args.shots else [], {}
-    missing = [path for path in (*args.text, *args.choices, *args.endings) if not os.path.isfile(path)]
+    missing = [path for path in (*args.text, *args.choices, *args.endings, args.shots)
+               if path and not os.path.isfile(path)]
     for path in missing:
         print(f"{path}: not available: no such file; see --help for what it holds")
+    try:
+        if args.before:
+            base, tokenizer = base_model(speaker, args.before)
+            # a run with a small part of the LLM's merges is asked in the LLM's own spelling too
+            models[f"{args.run}, whole vocabulary"] = speaker.model, tokenizer
+            models[args.before] = base, tokenizer
+    except (ValueError, OSError) as problem:
+        missing.append(args.before)
+        print(f"{args.before}: not available: {problem}")
+    shots, results = read_rows(args.shots) if args.shots and args.shots not in missing else [], {}
     args.text, args.choices, args.endings = ([path for path in paths if path not in missing]
                                              for paths in (args.text, args.choices, args.endings))
     for name, (model, tokenizer) in models.items():
@@ -173,6 +178,9 @@ def main(arguments):
             print(f"{name}: {path}: {result[path][0]:.3f} bits a byte, perplexity {result[path][1]:.1f}")
         for path in (*args.choices, *args.endings):
             rows = [row | {"ending": path in args.endings} for row in read_rows(path, args.n)]
+            if args.shots in missing and "subject" in rows[0]:
+                print(f"{name}: {path}: not available: it is asked after examples, which are in --shots")
+                continue
             found = result[path] = multiple_choice(model, speaker.vocab, tokenizer, rows, shots)
             print(f"{name}: {path}: " + ", ".join(
                 "{} {:.1f} % ({:.1f} to {:.1f})".format(key, *(100 * x for x in found[key])) for key in (

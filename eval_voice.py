@@ -73,12 +73,14 @@ def pitch_meter():
 
 
 def load(measure, package, missing, make, *arguments):
-    """make(*arguments), or None, and how to install the package in missing[measure]."""
+    """make(*arguments), or None, and how to get what lacks in missing[measure]."""
     try:
         return make(*arguments)
     except ImportError:
         missing[measure] = PIP[package]
-        return None
+    except (OSError, ValueError) as problem:
+        missing[measure] = str(problem).splitlines()[0]
+    return None
 
 
 def measure_voices(groups, prompts, embed=None, score=None, pitch=None):

@@ -44,8 +44,11 @@ def run_stage(name, command, peak):
     began, done, told = time.time(), threading.Event(), []
 
     def watch():
-        while not done.wait(1.0):
+        pause = 1.0
+        while not done.wait(pause):
+            start = time.time()
             peak[0] = max(peak[0], memory_of_family(os.getpid()) or 0)
+            pause = max(1.0, 100 * (time.time() - start))       # of large processes it takes a while
 
     stage = subprocess.Popen(command, start_new_session=True)   # Ctrl-C comes to us alone, and we pass it on
 

@@ -112,13 +112,18 @@ def test_a_judge_that_is_absent_leaves_a_row_that_says_how_to_get_it(tiny_run, t
         monkeypatch.setitem(sys.modules, package, None)
     page = tmp_path / "page.txt"
     page.write_text("seven three five")
+    mmlu = tmp_path / "mmlu.jsonl"
+    mmlu.write_text(json.dumps({"question": "?", "choices": ["one", "two"], "gold": 0, "subject": "law"}))
     code, out, err = run_here(ROOT / "eval.py", tiny_run, "--n=2", "--whisper=whisper-base", "--voice",
-                              "--text", page, "--choices", tmp_path / "none.jsonl")
+                              "--text", page, "--choices", tmp_path / "none.jsonl", "--choices", mmlu,
+                              "--shots", tmp_path / "shots.jsonl", "--before", tmp_path / "nowhere")
     assert code == 3, err
     assert "TTS WER by Whisper: not available" in out and "pip install -e '.[eval]'" in out
     assert "ASR WER" in out and "(n=2)" in out and "nats a word" in out
     assert "similarity: not available: pip install" in out and "letters a second" in out
     assert "none.jsonl: not available: no such file" in out and "bits a byte" in out
+    assert "mmlu.jsonl: not available: it is asked after examples" in out
+    assert "nowhere: not available:" in out and "no such folder" in out
 
 
 def test_curves_show_error_rates_by_step_and_compare_runs(tiny_run, tmp_path):
