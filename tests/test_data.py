@@ -107,7 +107,7 @@ def test_an_example_as_long_as_a_row_is_drawn_too(tiny_data):
             assert max(map(len, members)) > 1
             assert max(loader.length("asr", some) for some in members) <= max(sizes)
         else:
-            assert {i for plan in plans for [(_, [i], _)] in plan if sizes[i] > 0.97 * max(sizes)}
+            assert {i for plan in plans for row in plan for _, [i], _ in row if sizes[i] > 0.97 * max(sizes)}
 
 
 def test_tasks_come_in_the_mixture_that_was_asked_for(loader):
