@@ -136,7 +136,9 @@ def cut(dataset, folder, places, n_word, seed=0):
                 kept.append({"id": f"{dataset.info['id'][i]}-{first}", "text": text,
                              "speaker": dataset.info["speaker"][i], "audio": dataset.info["audio"][i]})
             first = end
-    os.makedirs(folder, exist_ok=True)          # dataset.json is written last: without it, nothing is there
+    new, folder = folder, folder.rstrip("/") + ".tmp"       # what is cut off on the way is never read
+    shutil.rmtree(folder, ignore_errors=True)
+    os.makedirs(folder)
     for name in ("audio_tokenizer", "text_tokenizer"):
         copy_folder(f"{old}/{name}", f"{folder}/{name}")
     with open(f"{old}/dataset.json") as f:
@@ -150,7 +152,8 @@ def cut(dataset, folder, places, n_word, seed=0):
     hours = frame / about["frame_hz"] / 3600
     about["splits"]["train"] = {"shards": ["train-00000"], "utterances": len(kept), "hours": hours}
     write_file(f"{folder}/dataset.json", json.dumps(about, indent=1))
-    print(f"{folder}: {len(kept)} pieces, {hours:.2f} hours")
+    os.rename(folder, new)
+    print(f"{new}: {len(kept)} pieces, {hours:.2f} hours")
 
 
 def read_places(folder, tokens):
@@ -169,7 +172,7 @@ def main(arguments):
     parser.add_argument("--words", type=int, default=5, help="of a piece, at most")
     args = parser.parse_args(arguments)
     folder = args.folder
-    if args.pieces and os.path.exists(f"{args.pieces}/dataset.json"):
+    if args.pieces and os.path.exists(args.pieces):
         raise ValueError(f"{args.pieces} is there already: name a new folder")
     dataset = Dataset(folder, "train")
     texts = [text.lower() for text in dataset.info["text"]]

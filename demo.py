@@ -85,9 +85,13 @@ def actions(speaker):
         """-> (a piece of sound or None, the whole or None, a line)"""
         text, generator = checked(text), random_numbers(seed)
         prompt = prompt_of(voice)
-        began, first, pieces = time.time(), None, []
+        began, first, pieces, ends = time.time(), None, [], []
+
+        def noted(stream):
+            ends.append((yield from stream))
+
         for part in cut_text(text):
-            for piece in speaker.synthesise_stream(part, prompt, generator):
+            for piece in noted(speaker.synthesise_stream(part, prompt, generator)):
                 if len(piece):
                     first = first or time.time() - began
                     pieces.append(piece)
@@ -98,7 +102,8 @@ def actions(speaker):
         wav, took = np.concatenate(pieces), time.time() - began
         seconds = len(wav) / SAMPLE_RATE
         yield None, sound(wav), (f"{seconds:.2f} s of sound in {took:.2f} s ({seconds / took:.1f} times real "
-                                 f"time), the first after {first:.2f} s")
+                                 f"time), the first after {first:.2f} s"
+                                 + ("" if all(ends) else ", cut at its limit"))
 
     def read(speech):
         """-> (text, a line)"""

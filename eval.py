@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import prepare
 from checkpoint import same_vocab
-from config import synthesis_task
+from config import check_sampling, synthesis_task
 from data import Dataset, Loader, prompt_frames
 from heads import batch_loss, mean_losses, weighted_loss
 from interleave import speech_frames, text_frames, training_example
@@ -124,10 +124,10 @@ def perplexities(speaker, dataset, n_batch=4):
     """exp of the mean teacher-forced loss of each kind of token in ASR and TTS, those of them that the model
     learned, counted where it learns."""
     c = speaker.config
-    if len(dataset) == 0:
+    tasks = {task: 1 for task in ("asr", synthesis_task(c)) if c.mixture.get(task)}
+    if not len(dataset.paired() if tasks else dataset):
         return None
-    mixture = {task: 1 for task in ("asr", synthesis_task(c)) if c.mixture.get(task)} or c.mixture
-    loader = Loader(dataset, replace(c, mixture=mixture, batch_rows=2, seed=0), held_out=True)
+    loader = Loader(dataset, replace(c, mixture=tasks or c.mixture, batch_rows=2, seed=0), held_out=True)
     reports = [batch_loss(speaker.model, loader.batch(step), c.softmax)[1] for step in range(n_batch)]
     losses = mean_losses([sum(column) for column in zip(*reports)], loader.vocab.stream_names)
     return {name: math.exp(loss) for name, loss in losses.items()}
@@ -187,6 +187,7 @@ def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto", best=1
     if n is not None:
         c.eval_utterances = c.tts_utterances = n
     c.guidance = c.guidance if guidance is None else guidance
+    check_sampling(c)
     c.max_speech_s, joined = c.max_speech_s * join, suffix(join)
     data = find_data(speaker, data)
     seen, unseen = (Dataset(data, split, token_streams=c.token_streams) for split in ("seen", "unseen"))
@@ -321,7 +322,8 @@ def main(arguments):
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
     args = parser.parse_args(arguments)
     if args.plot:
-        path = f"{args.run if os.path.isdir(args.run) else os.path.dirname(args.run)}/compare.png"
+        folder = args.run if os.path.isdir(args.run) else os.path.dirname(os.path.abspath(args.run))
+        path = f"{folder}/compare.png"
         plot_comparison([args.run, *args.plot], path)
         print(path)
         return 0

@@ -176,7 +176,7 @@ def main(arguments):
             with open(path, encoding="utf-8") as f:
                 result[path] = bits_per_byte(model, speaker.vocab, tokenizer, f.read())
             print(f"{name}: {path}: {result[path][0]:.3f} bits a byte, perplexity {result[path][1]:.1f}")
-        for path in (*args.choices, *args.endings):
+        for path in dict.fromkeys((*args.choices, *args.endings)):
             rows = [row | {"ending": path in args.endings} for row in read_rows(path, args.n)]
             if args.shots in missing and "subject" in rows[0]:
                 print(f"{name}: {path}: not available: it is asked after examples, which are in --shots")

@@ -188,8 +188,8 @@ def main(arguments):
         manifest = Manifest(args.manifest)
         order = np.random.default_rng(args.seed).permutation(manifest.numbers("train"))
         paths = ((row["audio"], row["speed"]) for row in manifest.rows(order) if row["audio"])
-    # what is fitted on what: only the same goes on from there. The folder can be deleted afterwards
-    said = {name: str(value) for name, value in vars(args).items() if name != "device"}
+    # features of what and from what: only the same goes on from there. The folder can be deleted afterwards
+    said = {name: str(getattr(args, name)) for name in ("encoder", "layer", "codec", "frames", "seed")}
     said["manifest"] = args.manifest and checksum(args.manifest)
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
     work = f"{args.folder}/{args.what}-{digest}"
@@ -203,7 +203,7 @@ def main(arguments):
         else:
             x = collect(work, paths, encoder.features, args.frames)
             mean, std = spread(x)       # a few loud dimensions would else decide, and they are not phones
-            clusters = fit_clusters(x, args.clusters, f"{work}/clusters.safetensors", seed=args.seed,
+            clusters = fit_clusters(x, args.clusters, f"{work}/{args.clusters}.safetensors", seed=args.seed,
                                     mean=mean, std=std)
             arrays = {"clusters": clusters, "mean": mean, "std": std}
         where = os.path.abspath(args.encoder) if os.path.exists(args.encoder) else args.encoder

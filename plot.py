@@ -102,7 +102,8 @@ def plot_comparison(runs, path):
     for i, (run, (rows, wers)) in enumerate(zip(runs, found)):
         if not rows:
             raise ValueError(f"{run} has no out.jsonl: name folders of runs")
-        run = os.path.basename(run.rstrip("/")).removesuffix(".jsonl")
+        names = [os.path.basename(path.rstrip("/")).removesuffix(".jsonl") for path in runs]
+        run = names[i] if len(set(names)) == len(names) else run
         for axis, name in zip(axes[:2, 0], ("text", "semantic")):
             held = draw(axis, rows, name, "frames", True, color=f"C{i}", marker="o", markersize=3, label=run)
             if not held:

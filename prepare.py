@@ -155,7 +155,9 @@ def make_tokenizers(manifest, settings, folder):
 
 def encode_each(tokenizer, wavs):
     """wavs [(n,)] -> for each its codes (T, N), or the ValueError that says why there are none. All at once,
-    which is faster; one by one where that fails."""
+    which is faster; one by one where that fails. What is wrong with the tokenizer itself ends it all."""
+    if hasattr(tokenizer, "start"):
+        tokenizer.start(True)
     try:
         yield from tokenizer.encode_all(wavs)
         return

@@ -97,7 +97,7 @@ def main(arguments):
     parser.add_argument("task", choices=["asr", "tts", "continue", "text"])
     parser.add_argument("input", nargs="+", help="audio files, or the text; - reads lines from stdin")
     parser.add_argument("--prompt", help="tts: a recording of the voice to speak in, a second or more")
-    parser.add_argument("--out", default="out.wav", help="tts, continue: the wav to write")
+    parser.add_argument("--out", default="out.wav", help="tts, continue: the wav, or of several the folder")
     parser.add_argument("--temperature", type=float, help="of text and semantic tokens (default: the run's)")
     parser.add_argument("--acoustic_temperature", type=float, help="of the acoustic tokens")
     parser.add_argument("--top_k", type=int)
@@ -109,7 +109,7 @@ def main(arguments):
     parser.add_argument("--beam", type=int, default=1, help="asr: keep so many hypotheses (1: greedy)")
     parser.add_argument("--best", type=int, default=1, help="tts: of so many samples the best, by own ASR")
     parser.add_argument("--whisper", help="tts --best: by this Whisper's ear (CTranslate2 form) instead")
-    parser.add_argument("--json", action="store_true", help="a line of json for each of them")
+    parser.add_argument("--json", action="store_true", help="a line of json for each, but with --stream")
     parser.add_argument("--explain", metavar="PAGE", help="asr, tts: look inside, see explain.py")
     parser.add_argument("--head", help="LAYER,HEAD whose attention that page shows (default: the best)")
     parser.add_argument("--stream", action="store_true", help="tts: write while it speaks; --out - to stdout")
@@ -128,6 +128,8 @@ def main(arguments):
     if args.task == "asr":
         return transcribe_files(speaker, lines, args)
     if args.task == "continue":
+        if len(lines) > 1 and os.path.splitext(args.out)[1]:
+            raise ValueError(f"--out={args.out} is one wav, for {len(lines)} files: name a folder")
         return say_all(speaker, lines, from_stdin or len(lines) > 1, args,
                        lambda path: continue_file(speaker, read(path), generator))
     texts = lines if from_stdin else [" ".join(lines)]

@@ -189,8 +189,8 @@ class Speaker:
         Returns whether it ended by itself.
 
         Where the codec goes on by itself, pieces fit. Else one is decoded with `overlap` frames of the one
-        before, into which it is faded, since phases do not fit at a border. Frame t is complete N-1 steps
-        after its semantic token.
+        before, into which it is faded, since phases do not fit at a border. Frame t is complete
+        delay * (N-1) steps after its semantic token.
         """
         decode_next = self.voice().start_decoding()
         done, tail, hop = 0, np.zeros(0, np.float32), int(Tokenizer.sample_rate / Tokenizer.frame_hz)

@@ -147,7 +147,7 @@ def train(config, folder, going_on=False):
     say = print if rank == 0 else (lambda *_: None)
     dataset = open_data(config, folder, rank == 0)
     evaluation = [Dataset(folder, split, rank == 0, config.token_streams) for split in prepare.SPLITS[1:]]
-    seen = max(evaluation, key=lambda split: len(split) > 0)        # a corpus may have new speakers only
+    seen = max(evaluation, key=lambda split: len(split.paired()) > 0)   # a corpus may have new speakers only
     found = newest_whole(config.out_dir, rank, world, say) if going_on else None
     if going_on and not found and not checkpoints(config.out_dir):
         say(f"no checkpoint in {config.out_dir} yet: from the start")

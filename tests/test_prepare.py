@@ -148,6 +148,13 @@ def test_what_one_utterance_lacks_does_not_stop_the_others():
     first, bad, last = prepare.encode_each(Stub(), [np.ones(3), np.zeros(2), np.ones(1)])
     assert first.shape == (3, 1) and last.shape == (1, 1) and str(bad) == "no frames"
 
+    class Broken(Stub):
+        def start(self, encode):
+            raise ValueError("its encoder is not there")
+
+    with pytest.raises(ValueError, match="its encoder is not there"):
+        list(prepare.encode_each(Broken(), [np.ones(3)]))
+
 
 def test_settings_on_the_command_line_have_their_types():
     flags = ["--lower=False", "--n_level=4", "--max_audio_s=9", "--data_dir=x"]
