@@ -299,12 +299,12 @@ def read_corpus(description):
     n = 0
     try:
         for name, path, words, speaker in LAYOUTS[layout](folder, *own):
-            speed = speeds[n % len(speeds)]
-            other = f"sp{speed}-" if at else ""
+            played = speeds[n % len(speeds)]
+            other = f"sp{played}-" if at else ""
             n += 1
             yield {"id": other + name, "audio": path if path == "-" else os.path.abspath(path),
                    "text": " ".join(words.split()), "speaker": other + speaker, "split": split,
-                   "speed": speed}
+                   "speed": played}
     except (OSError, StopIteration, KeyError, IndexError, RuntimeError) as problem:
         if n:
             raise ValueError(f"{folder}: after {n} rows: {problem}") from None

@@ -28,7 +28,7 @@ from interleave import (
     text_frames,
     training_rows,
 )
-from shards import SHARD_FILES, VERSION, check_shards, checksum
+from shards import AUDIO_FILES, SHARD_FILES, VERSION, check_shards, checksum
 from tokenize_text import TextTokenizer
 
 FILL = 0.97                 # of a batch is drawn before packing: most draws then fit whole
@@ -49,7 +49,7 @@ def read_about(folder):
 def tokenizers(folder):
     """Checksums of what made the tokens of a prepared folder."""
     names = [f"text_tokenizer/{name}" for name in sorted(os.listdir(f"{folder}/text_tokenizer"))]
-    names += ["audio_tokenizer/audio_tokenizer.json", "audio_tokenizer/codebooks.safetensors"]
+    names += [f"audio_tokenizer/{name}" for name in AUDIO_FILES]
     return [(name, checksum(f"{folder}/{name}")) for name in names]
 
 

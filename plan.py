@@ -48,8 +48,7 @@ def loss_of(model, hidden, scope):
         bias = bias[:, :(window[1] - window[0]) // K]
     target, weight = torch.zeros(S, c.n_stream, dtype=torch.long), torch.ones(S, c.n_stream)
     return LinearCrossEntropy.apply(hidden[torch.arange(S)], table, None, bias, target, weight,
-                                    S * 3 // 4 if K else 0,
-                                    prefix, window, True)[0]
+                                    S * 3 // 4 if K else 0, prefix, window, True)[0]
 
 
 def build(config, vocab, mesh, dtype):

@@ -98,12 +98,13 @@ def plot_curves(run):
 def plot_comparison(runs, path):
     """Held-out text and semantic losses, and WER, of several runs over the frames that each has seen."""
     found = [read_run(run) for run in runs]
+    names = [os.path.basename(run.rstrip("/")).removesuffix(".jsonl") for run in runs]
+    labels = names if len(set(names)) == len(names) else runs
     figure, axes = canvas([2, 2, 2] if any(wers for _, wers in found) else [2, 2])
     for i, (run, (rows, wers)) in enumerate(zip(runs, found)):
         if not rows:
             raise ValueError(f"{run} has no out.jsonl: name folders of runs")
-        names = [os.path.basename(path.rstrip("/")).removesuffix(".jsonl") for path in runs]
-        run = names[i] if len(set(names)) == len(names) else run
+        run = labels[i]
         for axis, name in zip(axes[:2, 0], ("text", "semantic")):
             held = draw(axis, rows, name, "frames", True, color=f"C{i}", marker="o", markersize=3, label=run)
             if not held:

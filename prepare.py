@@ -25,6 +25,7 @@ from tqdm import tqdm
 from corpora import SPLITS, Manifest
 from script import run_script
 from shards import (
+    AUDIO_FILES,
     VERSION,
     beside,
     card,
@@ -39,7 +40,6 @@ from tokenize_audio import Tokenizer, fit_tokenizer, load_audio
 from tokenize_text import KINDS, TextTokenizer, make_text_tokenizer
 
 SHARDS, UTTERANCES = 64, (50, 10_000)   # a split has about so many shards, if those hold so many utterances
-AUDIO_FILES = ("audio_tokenizer.json", "codebooks.safetensors")
 MIN_RMS = 1e-4              # quieter than this is silence
 CLIPPED = 0.01              # share of samples at full scale
 LETTERS_S = 50              # letters a second: nobody speaks so fast, the text is another's

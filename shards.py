@@ -27,6 +27,7 @@ from script import run_script
 
 VERSION = 2
 SHARD_FILES = ("json", "codes.npy", "text.npy", "index.npy")
+AUDIO_FILES = ("audio_tokenizer.json", "codebooks.safetensors")     # what an audio tokenizer's codes mean
 CHECKED = 20e9              # bytes: the checksums of more than that are not looked at whenever a run starts
 
 
