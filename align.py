@@ -156,6 +156,27 @@ def cut(dataset, folder, places, n_word, seed=0):
     print(f"{new}: {len(kept)} pieces, {hours:.2f} hours")
 
 
+def save_places(dataset, places):
+    """What `align` returned of the dataset's train split -> align.npz in its folder."""
+    words, texts, folder = [], dataset.info["text"], dataset.folder
+    tokenizer = TextTokenizer.load(f"{folder}/text_tokenizer")
+    for i, place in enumerate(places):
+        for number in range(len(texts[i].split())):
+            frames = np.flatnonzero(place == number)
+            if len(frames):
+                words.append((i, number, frames[0], frames[-1] + 1))
+    said = spoken_tokens(semantic_tokens(dataset), places, texts, tokenizer, dataset.vocab.n_semantic,
+                         dataset.vocab.n_text)
+    np.savez_compressed(f"{folder}/align.tmp.npz", words=np.array(words), said=said)
+    os.replace(f"{folder}/align.tmp.npz", f"{folder}/align.npz")
+    print(f"{folder}/align.npz: {len(words)} words of {len(places)} utterances")
+
+
+def semantic_tokens(dataset):
+    """[(T,)] of each utterance."""
+    return [dataset[i][0][:, 0] for i in range(len(dataset))]
+
+
 def read_places(folder, tokens):
     """align.npz -> what `align` returned."""
     places = [np.full(len(row), -1) for row in tokens]
@@ -176,22 +197,11 @@ def main(arguments):
         raise ValueError(f"{args.pieces} is there already: name a new folder")
     dataset = Dataset(folder, "train")
     texts = [text.lower() for text in dataset.info["text"]]
-    tokens = [dataset[i][0][:, 0] for i in range(len(dataset))]
-    n_semantic, n_text = dataset.vocab.n_semantic, dataset.vocab.n_text
+    tokens = semantic_tokens(dataset)
     if args.pieces and os.path.exists(f"{folder}/align.npz"):
         return cut(dataset, args.pieces, read_places(folder, tokens), args.words)
-    places = align(tokens, texts, n_semantic)
-    words = []
-    for i, place in enumerate(places):
-        for number in range(len(texts[i].split())):
-            frames = np.flatnonzero(place == number)
-            if len(frames):
-                words.append((i, number, frames[0], frames[-1] + 1))
-    tokenizer = TextTokenizer.load(f"{folder}/text_tokenizer")
-    said = spoken_tokens(tokens, places, dataset.info["text"], tokenizer, n_semantic, n_text)
-    np.savez_compressed(f"{folder}/align.tmp.npz", words=np.array(words), said=said)
-    os.replace(f"{folder}/align.tmp.npz", f"{folder}/align.npz")
-    print(f"{folder}/align.npz: {len(words)} words of {len(places)} utterances")
+    places = align(tokens, texts, dataset.vocab.n_semantic)
+    save_places(dataset, places)
     if args.pieces:
         cut(dataset, args.pieces, places, args.words)
 

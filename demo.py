@@ -9,6 +9,7 @@ Gradio plays sound while it is made only where ffmpeg is installed; without it, 
 import argparse
 import functools
 import html
+import os
 import shutil
 import time
 
@@ -17,6 +18,8 @@ import numpy as np
 import soundfile
 import torch
 
+from data import Dataset
+from eval import find_data
 from explain import explain_asr, explain_tts
 from script import run_script
 from speaker import Speaker, cut_text
@@ -54,6 +57,22 @@ def recording(path, what):
 def sound(wav):
     """wav (n,) of floats -> what gradio plays."""
     return SAMPLE_RATE, (np.clip(wav, -1, 1) * 32767).astype(np.int16)
+
+
+def known_voices(speaker, n=6):
+    """Recordings of held-out voices, one of each, to speak in: those of the data that the run was trained on
+    -> [path], none where these are not here."""
+    try:
+        data = find_data(speaker)
+    except ValueError:
+        return []
+    found = {}
+    for split in ("unseen", "seen"):
+        info = Dataset(data, split).info
+        for name, path in zip(info["speaker"], info["audio"]):
+            if os.path.isfile(path) and soundfile.info(path).duration <= MAX_SECONDS:
+                found.setdefault(name, path)
+    return list(found.values())[:n]
 
 
 def framed(page):
@@ -131,7 +150,7 @@ def actions(speaker):
 
 
 def make_page(speaker):
-    """Speaker -> gradio.Blocks."""
+    """Speaker -> gradio.Blocks. Its data's held-out voices are there to pick from."""
     speak, read, go_on, look_at_speech, look_at_reading = actions(speaker)
     upload = functools.partial(gradio.Audio, type="filepath", sources=["upload", "microphone"])
     size = sum(p.numel() for p in speaker.model.parameters()) / 1e6
@@ -142,6 +161,10 @@ def make_page(speaker):
                 with gradio.Column():
                     text = gradio.Textbox(label="Text", lines=2, max_length=MAX_LETTERS)
                     voice = upload(label="A voice to speak in, a second or more")
+                    voices = known_voices(speaker)
+                    if voices:
+                        gradio.Examples([[path] for path in voices], voice, label="Or one of these",
+                                        elem_id="voices")
                     seed = gradio.Number(0, label="Seed", precision=0)
                     say, look = gradio.Button("Speak", variant="primary"), gradio.Button("Look inside")
                 with gradio.Column():

@@ -216,7 +216,7 @@ def main(arguments):
             for name in LYRA_FILES:         # small enough that the tokenizer takes them along
                 shutil.copy(f"{args.codec}/{name}", f"{args.folder}/{name}")
             where = "."
-            x = collect(work, paths, Lyra(args.codec).features, min(args.frames, 200_000))
+            x = collect(work, paths, Lyra(args.codec).features, args.frames)
             x = torch.from_numpy(np.array(x, dtype=np.float32))
             arrays = {"books": fit_books(x, args.levels, args.codes, args.seed)}
             codes = args.codes

@@ -2,8 +2,9 @@
 
 Helper, outside the reading order:
   python judge.py sound TOKENIZER manifest.tsv --whisper=whisper-base --n=40
-      tokenizes and decodes evaluation utterances: WER by Whisper of the originals and of what comes back
-      (with --whisper; pip install -e '.[eval]'), PESQ and STOI (where pesq and pystoi are installed), speed
+      tokenizes and decodes evaluation utterances: WER by Whisper of the originals and of what comes back,
+      and of the difference, with 95 % intervals, no utterance counted as more than all wrong (with --whisper;
+      pip install -e '.[eval]'), PESQ and STOI (where pesq and pystoi are installed), speed
   python judge.py words DATA [OTHER_DATA ...]
       do semantic tokens tell words apart, whoever speaks them? X and A are one word by two speakers, B is
       another word by A's: how often is X nearer to B (edit distance of the tokens)? 50 % is chance. Where
@@ -22,12 +23,12 @@ from interleave import changes
 from prepare import read_utterance
 from script import run_script
 from tokenize_audio import SAMPLE_RATE, Tokenizer
-from wer import comparable, edit_distance, open_whisper, word_error_rate
+from wer import comparable, edit_distance, interval, open_whisper, word_errors
 
 
 def judge_sound(tokenizer, wavs, texts, whisper=None):
-    """wavs [(n,)] at 16 kHz and what is said in them -> {measure: number}; measures without their package are
-    left out."""
+    """wavs [(n,)] at 16 kHz and what is said in them -> {measure: number, or (number, low, high)}; measures
+    without their package are left out."""
     seconds, codes, began = sum(map(len, wavs)) / SAMPLE_RATE, [], time.perf_counter()
     for wav in wavs:
         codes.append(tokenizer.encode(wav))
@@ -47,9 +48,13 @@ def judge_sound(tokenizer, wavs, texts, whisper=None):
     except ImportError:
         print("no STOI: pip install pystoi")
     if whisper:
+        errors = []
         for name, group in (("WER of the originals, %", wavs), ("WER after decoding, %", copies)):
             heard = [comparable(text, whisper.hear(wav)) for text, wav in zip(texts, group)]
-            result[name] = word_error_rate(*zip(*heard))
+            found, words = word_errors(*zip(*heard), cap=True)
+            errors.append(100 * found)
+            result[name] = interval(errors[-1], words)
+        result["WER, lost by it, points"] = interval(errors[1] - errors[0], words)
     return result
 
 
@@ -130,7 +135,8 @@ def main(arguments):
     torch.set_num_threads(os.cpu_count())
     whisper, missing = open_whisper(args.whisper) if args.whisper else (None, None)
     for name, value in judge_sound(Tokenizer.load(args.tokenizer), wavs, texts, whisper).items():
-        print(f"{name:28s} {value:8.3f}")
+        print(f"{name:28s} " + ("{:8.3f} ({:.1f} to {:.1f})".format(*value) if isinstance(value, tuple)
+                                else f"{value:8.3f}"))
     if missing:
         print(f"WER by Whisper: not available: {missing}")
     return 3 if missing else 0
