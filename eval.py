@@ -29,7 +29,7 @@ import prepare
 from checkpoint import same_vocab
 from config import check_sampling, synthesis_task
 from data import Dataset, Loader, prompt_frames
-from heads import batch_loss, mean_losses, weighted_loss
+from heads import batch_loss, weighted_loss
 from interleave import speech_frames, text_frames, training_example
 from plot import plot_comparison, plot_curves, read_run
 from script import run_script
@@ -120,17 +120,19 @@ def pad_short(wav):
 
 
 @torch.no_grad()
-def perplexities(speaker, dataset, n_batch=4):
+def perplexities(speaker, dataset, n_row=16):
     """exp of the mean teacher-forced loss of each kind of token in ASR and TTS, those of them that the model
-    learned, counted where it learns."""
+    learned, counted where it learns -> {kind: [perplexity, low, high]}, intervals over rows of examples."""
     c = speaker.config
     tasks = {task: 1 for task in ("asr", synthesis_task(c)) if c.mixture.get(task)}
     if not len(dataset.paired() if tasks else dataset):
         return None
-    loader = Loader(dataset, replace(c, mixture=tasks or c.mixture, batch_rows=2, seed=0), held_out=True)
-    reports = [batch_loss(speaker.model, loader.batch(step), c.softmax)[1] for step in range(n_batch)]
-    losses = mean_losses([sum(column) for column in zip(*reports)], loader.vocab.stream_names)
-    return {name: math.exp(loss) for name, loss in losses.items()}
+    loader = Loader(dataset, replace(c, mixture=tasks or c.mixture, batch_rows=1, seed=0), held_out=True)
+    reports = np.array([batch_loss(speaker.model, loader.batch(row), c.softmax)[1] for row in range(n_row)])
+    losses, counts = np.split(reports, 2, 1)                                # (n_row, kinds)
+    kinds = ("text", "special", *loader.vocab.stream_names)
+    return {kind: [math.exp(nats) for nats in interval(losses[:, k], counts[:, k])]
+            for k, kind in enumerate(kinds) if counts[:, k].any()}
 
 
 @torch.no_grad()
@@ -268,11 +270,13 @@ def table(results):
     for task, found in results["listening"].items():
         what, after = ("text, nats a word", "speech") if task == "asr" else ("semantic, a frame", "text")
         if found:
-            lines.append(f"{what:20s} {found['own']:.2f} after its own {after}, {found['other']:.2f} after "
-                         "another's")
+            own, other = ("{:.2f} ({:.2f} to {:.2f})".format(found[whose], *found[f"{whose}_interval"])
+                          for whose in ("own", "other"))
+            lines.append(f"{what:20s} {own} after its own {after}, {other} after another's")
     for name, values in results["perplexity"].items():
         if values:
-            lines.append(f"perplexity, {name:6s}   " + "  ".join(f"{k} {v:.1f}" for k, v in values.items()))
+            lines.append(f"perplexity, {name:6s}   " + "  ".join(
+                f"{kind} {p:.1f}±{(high - low) / 2:.1f}" for kind, (p, low, high) in values.items()))
     return "\n".join(lines)
 
 
@@ -316,6 +320,8 @@ def main(arguments):
         parser.add_argument(flag, action="append", default=[], metavar="FILE", help="see eval_text.py")
     for flag in ("--shots", "--before"):
         parser.add_argument(flag, help="see eval_text.py")
+    for flag in ("--speaker_model", "--utmos"):
+        parser.add_argument(flag, help="see eval_voice.py")
     parser.add_argument("--compare", help="another evaluated run: only compare the two")
     parser.add_argument("--plot", nargs="+", metavar="RUN", help="other runs: only draw their curves beside")
     parser.add_argument("--quant", default="", help="int8: faster decoding on a CPU")
@@ -340,7 +346,8 @@ def further(script, args):
     """The rows of eval_voice.py or eval_text.py, where args ask for them -> exit code. Those files build on
     this one, so they are imported only now."""
     if script == "voice" and args.voice:
-        flags = {"--data": [args.data], "--n": [args.n]}
+        flags = {"--data": [args.data], "--n": [args.n], "--speaker_model": [args.speaker_model],
+                 "--utmos": [args.utmos]}
     elif script == "text" and (args.text or args.choices or args.endings):
         flags = {"--text": args.text, "--choices": args.choices, "--endings": args.endings,
                  "--shots": [args.shots], "--before": [args.before], "--n": [args.n]}

@@ -7,6 +7,7 @@ come from packages that bring their weights, a line says how to get one that is 
   similarity   cosine of speaker embeddings to the prompt's: resemblyzer, or --speaker_model=FOLDER of an
                x-vector model for transformers (for instance microsoft/wavlm-base-plus-sv)
   DNSMOS       predicted mean opinion score, P.835 overall and P.808: speechmos
+  UTMOS        another one, with --utmos=FILE: utmos_scripted.pt of huggingface.co/Blinorot/UTMOS-PyTorch
   pitch, rate  median fundamental in Hz and its spread in semitones (librosa), letters a second
 Folder RUN/voices keeps the wavs and the wav.scp, prompt.scp, original.scp and text that VERSA takes.
 """
@@ -60,6 +61,16 @@ def dnsmos_scorer():
     return score
 
 
+def utmos_scorer(path):
+    """-> function wav -> {"UTMOS"}, by a TorchScript file, which is code: only from people you trust."""
+    model = torch.jit.load(path, map_location="cpu").eval()
+
+    @torch.no_grad()
+    def score(wav):
+        return {"UTMOS": float(model.score(torch.from_numpy(wav)))}
+    return score
+
+
 def pitch_meter():
     """-> function wav -> {"pitch, Hz", "pitch spread, semitones"} of its louder half."""
     import librosa
@@ -78,13 +89,14 @@ def load(measure, package, missing, make, *arguments):
         return make(*arguments)
     except ImportError:
         missing[measure] = PIP[package]
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RuntimeError) as problem:
         missing[measure] = str(problem).splitlines()[0]
     return None
 
 
-def measure_voices(groups, prompts, embed=None, score=None, pitch=None):
-    """groups {name: ([wav (n,)], [text])}, prompts [wav] -> {name: {measure: (mean, low, high)}}."""
+def measure_voices(groups, prompts, embed=None, meters=()):
+    """groups {name: ([wav (n,)], [text])}, prompts [wav], meters [function wav -> {measure: value}] ->
+    {name: {measure: (mean, low, high)}}."""
     anchors = [embed(wav) for wav in prompts] if embed else []
     results = {}
     for name, (wavs, texts) in groups.items():
@@ -94,8 +106,8 @@ def measure_voices(groups, prompts, embed=None, score=None, pitch=None):
             row = {"seconds": seconds, "letters a second": len(texts[k].replace(" ", "")) / max(0.1, seconds)}
             if embed:
                 row["similarity"] = float(anchors[k] @ embed(wav))
-            row |= score(wav) if score else {}
-            row |= pitch(wav) if pitch else {}
+            for meter in meters:
+                row |= meter(wav)
             rows.append(row)
         results[name] = {measure: interval([row[measure] for row in rows]) for measure in rows[0]}
     return results
@@ -140,6 +152,7 @@ def main(arguments):
     parser.add_argument("--n", type=int, default=40, help="texts")
     parser.add_argument("--data", help="folder of prepared data (default: those of the training)")
     parser.add_argument("--speaker_model", help="folder of an x-vector model instead of resemblyzer")
+    parser.add_argument("--utmos", metavar="FILE", help="UTMOS as TorchScript")
     args = parser.parse_args(arguments)
     speaker = Speaker(args.run)
     data, c = find_data(speaker, args.data), speaker.config
@@ -153,9 +166,11 @@ def main(arguments):
     missing = {}
     embed = load("similarity", "transformers" if args.speaker_model else "resemblyzer", missing,
                  speaker_embedder, args.speaker_model)
-    score = load("DNSMOS", "speechmos", missing, dnsmos_scorer)
-    results = measure_voices(groups, prompts, embed, score,
-                             load("pitch", "librosa", missing, pitch_meter))
+    meters = [load("DNSMOS", "speechmos", missing, dnsmos_scorer),
+              load("pitch", "librosa", missing, pitch_meter)]
+    if args.utmos:
+        meters.append(load("UTMOS", "", missing, utmos_scorer, args.utmos))
+    results = measure_voices(groups, prompts, embed, [meter for meter in meters if meter])
     for name, measures in results.items():
         print(f"{name}: " + ", ".join(f"{measure} {mean:.2f} ({low:.2f} to {high:.2f})"
                                       for measure, (mean, low, high) in measures.items()))

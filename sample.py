@@ -32,6 +32,7 @@ from tokenize_audio import Tokenizer, load_audio
 from wer import open_whisper
 
 FILES = 16                  # recognised at once
+CUT = "cut at its limit, no end came"
 
 
 def export(run, folder, text_only=False):
@@ -78,7 +79,7 @@ def write_stream(path, pieces):
             out.flush()
             n += len(piece)
     print(f"{path}: {n / rate:.2f} s of sound in {time.time() - began:.2f} s, the first after {first:.2f} s; "
-          + ("ended by itself" if ended else "cut at its limit, no end came"),
+          + ("ended by itself" if ended else CUT),
           file=sys.stderr if bare else sys.stdout)
 
 
@@ -138,6 +139,8 @@ def main(arguments):
             text, ended = speaker.continue_text(text, generator=generator)
             print(json.dumps({"text": text, "ended": ended}, ensure_ascii=False) if args.json else text,
                   flush=True)
+            if not ended:
+                print(f"sample.py: {CUT}", file=sys.stderr, flush=True)
         return None
     prompt = read(args.prompt) if args.prompt else None
     if args.stream:
@@ -164,7 +167,7 @@ def transcribe_files(speaker, paths, args):
         for path in some:
             line = {"audio": path} | (errors.get(path) or dict(zip(("text", "ended"), texts[path])))
             if not line.get("ended", True):
-                print(f"sample.py: {path}: cut at its limit, no end came", file=sys.stderr, flush=True)
+                print(f"sample.py: {path}: {CUT}", file=sys.stderr, flush=True)
             print(json.dumps(line, ensure_ascii=False) if args.json else line.get("text", ""), flush=True)
     return code
 
@@ -191,8 +194,7 @@ def say_all(speaker, inputs, several, args, say):
         if several:
             with open(f"{args.out}/samples.jsonl", "a" if number else "w", encoding="utf-8") as f:
                 f.write(line + "\n")
-        ended = "ended by itself" if about["ended"] else (
-            f"cut at its limit (at most {speaker.config.max_speech_s:g} s), no end came")
+        ended = "ended by itself" if about["ended"] else f"{CUT} (at most {speaker.config.max_speech_s:g} s)"
         if about.get("wrong") is not None:
             whose = "Whisper's" if args.whisper else "its own"
             ended += f"; {100 * about['wrong']:.0f} % wrong by {whose} ear"

@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 import soundfile
+import torch
 from conftest import ROOT, run_here
 
 from eval_voice import measure_voices
@@ -22,7 +23,7 @@ def test_each_group_gets_each_measure_with_its_interval():
     prompts, texts = [tone(100)] * 4, ["four letters"] * 4
     groups = {"own": ([tone(110, 2)] * 4, texts), "half": ([tone(110), tone(300)] * 2, texts),
               "other": ([tone(300)] * 4, ["two"] * 4)}
-    found = measure_voices(groups, prompts, embed, lambda wav: {"MOS": 3.0})
+    found = measure_voices(groups, prompts, embed, [lambda wav: {"MOS": 3.0}])
     assert found["own"]["seconds"] == (2, 2, 2) and found["other"]["letters a second"] == (3, 3, 3)
     assert found["own"]["similarity"] == (1, 1, 1) and found["other"]["similarity"][0] == 0
     mean, low, high = found["half"]["similarity"]
@@ -35,6 +36,22 @@ def test_pitch_is_the_tones():
     from eval_voice import pitch_meter
     found = pitch_meter()(tone(150, 2))
     assert found["pitch, Hz"] == pytest.approx(150, rel=0.02) and found["pitch spread, semitones"] < 1
+
+
+class Utmos(torch.nn.Module):
+    """A stand-in: three points, and one more where it is loud."""
+    @torch.jit.export
+    def score(self, wav: torch.Tensor) -> torch.Tensor:
+        return 3 + (wav.abs().max() > 0.2).float()[None]
+
+
+def test_utmos_is_its_file(tmp_path):
+    from eval_voice import load, utmos_scorer
+    torch.jit.script(Utmos()).save(f"{tmp_path}/utmos.pt")
+    score, missing = utmos_scorer(f"{tmp_path}/utmos.pt"), {}
+    assert score(tone(150)) == {"UTMOS": 4} and score(0.1 * tone(150)) == {"UTMOS": 3}
+    (tmp_path / "none.pt").write_text("no model")
+    assert load("UTMOS", "", missing, utmos_scorer, f"{tmp_path}/none.pt") is None and missing["UTMOS"]
 
 
 def test_the_command_says_what_is_missing_and_leaves_lists_for_versa(tiny_run, monkeypatch):
