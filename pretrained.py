@@ -24,7 +24,7 @@ import soxr
 import torch
 from safetensors.numpy import load_file, save_file
 
-from tokenize_audio import HOP, SAMPLE_RATE, distances, nearest, to_mono_16k
+from tokenize_audio import HOP, SAMPLE_RATE, nearest, quantise, to_mono_16k
 from tokenize_text import find_folder
 
 VERSION = 1
@@ -33,7 +33,6 @@ LYRA_FILES = ("soundstream_encoder.tflite", "lyragan.tflite", "codebooks.npy")
 WINDOW_S, CONTEXT_S = 30.0, 2.0     # long audio goes in windows; frames so near a cut come from the next one
 BATCH_S = 480               # seconds of audio in a batch, on a GPU; on a CPU one utterance after the other
 FRAME_HZ = SAMPLE_RATE / HOP
-BEAM = 4                    # ways through the code books that are kept open
 
 
 # ---- speech encoders ---------------------------------------------------------------------------------------
@@ -260,26 +259,6 @@ class NeuralCodec:
         return wav.flatten().cpu().numpy()
 
 
-def quantise_well(x, books, beam):
-    """As tokenize_audio.quantise, nearer to x: x (T, C), books (levels, K, C) -> codes (T, levels).
-
-    A code that is not the nearest one may leave a rest that the books behind it know better. So each level
-    keeps the `beam` best ways through the books so far, and the last one takes the best of them.
-    """
-    found = []
-    for piece in x.split(256):                                              # stays in the cache
-        rest, codes = piece[:, None], piece.new_zeros(len(piece), 1, 0, dtype=torch.long)   # (T, ways, ...)
-        for book in books:
-            far = distances(rest.flatten(0, 1), book).unflatten(0, rest.shape[:2])          # (T, ways, K)
-            far = (far + rest.pow(2).sum(2, keepdim=True)).flatten(1)                       # (T, ways * K)
-            best = far.topk(min(beam, far.shape[1]), largest=False).indices                 # (T, beam)
-            way, code = best[..., None] // len(book), best[..., None] % len(book)           # (T, beam, 1)
-            codes = torch.cat([codes.take_along_dim(way, 1), code], 2)
-            rest = rest.take_along_dim(way, 1) - book[code[..., 0]]
-        found.append(codes[:, 0])
-    return torch.cat(found)                                                 # (T, levels)
-
-
 # ---- both together -----------------------------------------------------------------------------------------
 
 class PretrainedTokenizer:
@@ -322,7 +301,7 @@ class PretrainedTokenizer:
             features = (features - mean) / std
         semantic = nearest(features, self.arrays["clusters"].to(features.device)).cpu()     # (T,)
         if "books" in self.arrays:
-            acoustic = quantise_well(self.codec.features(wav), self.arrays["books"], BEAM)    # (T', levels)
+            acoustic = quantise(self.codec.features(wav), self.arrays["books"])             # (T', levels)
         else:
             acoustic = self.codec.codes(soxr.resample(wav, SAMPLE_RATE, self.codec.rate))
         T = min(len(semantic), len(acoustic))

@@ -117,8 +117,7 @@ def english():
 
 class Whisper:
     """An external judge through faster-whisper: hear(wav) -> what it wrote, greedily. Its usual retries, at
-    rising temperatures where it is unsure or goes round in circles, are off: a judge says the same each time.
-    Instead no eight tokens may come twice in one answer, which no circle survives."""
+    rising temperatures where it is unsure, are off: a judge says the same each time."""
 
     def __init__(self, folder):
         from faster_whisper import WhisperModel
@@ -129,8 +128,7 @@ class Whisper:
         silence = np.zeros(SAMPLE_RATE // 2, np.float32)
         padded = np.concatenate([silence, wav.astype(np.float32), silence])
         segments, _ = self.model.transcribe(padded, language="en", beam_size=1, temperature=0.0,
-                                            no_repeat_ngram_size=8, without_timestamps=True,
-                                            condition_on_previous_text=False)
+                                            without_timestamps=True, condition_on_previous_text=False)
         return " ".join(segment.text for segment in segments)
 
 

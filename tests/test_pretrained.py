@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, run_here, shared_folder
 
 from fit import fit_clusters, spread
-from pretrained import NeuralCodec, SpeechEncoder, quantise_well, windows
+from pretrained import NeuralCodec, SpeechEncoder, windows
 from tokenize_audio import Tokenizer, load_audio, quantise
 
 transformers = pytest.importorskip("transformers")
@@ -233,15 +233,6 @@ def test_opuslms_own_tokens_come_through_espnet(tmp_path, monkeypatch):
     codec = NeuralCodec(str(tmp_path / "xeus.pth"), 8)
     assert codec.codes(wav).shape == (100, 8) and (codec.n_code, codec.rate) == (1024, 16000)
     assert codec.sound(codec.codes(wav)).shape == (32000,)
-
-
-def test_more_ways_through_the_code_books_come_nearer():
-    """One way is the plain quantiser; four know of codes that are not nearest and pay further on."""
-    generator = torch.Generator().manual_seed(0)
-    x, books = torch.randn(3000, 16, generator=generator), torch.randn(4, 32, 16, generator=generator)
-    far = lambda codes: (x - sum(book[code] for book, code in zip(books, codes.T))).pow(2).mean()
-    assert torch.equal(quantise_well(x, books, 1), quantise(x, books))
-    assert far(quantise_well(x, books, 4)) < 0.9 * far(quantise(x, books))
 
 
 @pytest.mark.skipif(not shared_folder(), reason="no real codec here")
