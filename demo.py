@@ -61,7 +61,9 @@ def sound(wav):
 
 def known_voices(speaker, n=6):
     """Recordings of held-out voices, one of each, to speak in: those of the data that the run was trained on
-    -> [path], none where these are not here."""
+    -> [path], none where these are not here, or it has one voice of its own."""
+    if not speaker.config.mixture.get("tts"):
+        return []
     try:
         data = find_data(speaker)
     except ValueError:
