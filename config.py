@@ -193,3 +193,10 @@ def read_config(path):
         raise ValueError(f"{path} is missing: is this the folder of a run or of a checkpoint?")
     with open(path) as f:
         return Config(**{name: check(name, value) for name, value in json.load(f).items()})
+
+
+def other_settings(before, now):
+    """Settings that differ between two Configs, as words for a person."""
+    differ = [f"{name} was {value!r}, is {getattr(now, name)!r}"
+              for name, value in dataclasses.asdict(before).items() if getattr(now, name) != value]
+    return f" with other settings: {'; '.join(differ)}" if differ else ""

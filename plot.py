@@ -80,10 +80,14 @@ def plot_curves(run):
     figure, axes = canvas([3, 1, 1.5] if wers else [3, 1])
     losses, rate = axes[0, 0], axes[1, 0]
     draw(losses, rows, "loss", color="#888888", linewidth=2, label="all, by weight")
+    held = dict.fromkeys(key for row in rows for key in row.get("held_out", {}))    # "asr text"
+    markers = dict(zip(dict.fromkeys(key.split()[0] for key in held), "osvDP^"))    # one for each task
     for i, name in enumerate(names):
         draw(losses, rows, name, color=f"C{i}", alpha=0.6, label=name)
-        draw(losses, rows, name, held_out=True, color=f"C{i}", marker="o", markersize=3,
-             label=f"{name}, held out")
+        for key in held:
+            if key.split()[-1] == name:
+                draw(losses, rows, key, held_out=True, color=f"C{i}", marker=markers[key.split()[0]],
+                     markersize=3, label=f"{key}, held out")
     losses.set(ylabel="loss, nats per token")
     draw(rate, rows, "lr", color="#888888")
     rate.set(ylabel="learning rate")
@@ -96,7 +100,8 @@ def plot_curves(run):
 
 
 def plot_comparison(runs, path):
-    """Held-out text and semantic losses, and WER, of several runs over the frames that each has seen."""
+    """Held-out losses of recognised text and of spoken semantic tokens, and WER, of several runs over the
+    frames that each has seen."""
     found = [read_run(run) for run in runs]
     names = [os.path.basename(run.rstrip("/")).removesuffix(".jsonl") for run in runs]
     labels = names if len(set(names)) == len(names) else runs
@@ -105,9 +110,10 @@ def plot_comparison(runs, path):
         if not rows:
             raise ValueError(f"{run} has no out.jsonl: name folders of runs")
         run = labels[i]
-        for axis, name in zip(axes[:2, 0], ("text", "semantic")):
-            held = draw(axis, rows, name, "frames", True, color=f"C{i}", marker="o", markersize=3, label=run)
-            if not held:
+        for axis, task, name in zip(axes[:2, 0], ("asr", "tts"), ("text", "semantic")):
+            style = {"color": f"C{i}", "marker": "o", "markersize": 3, "label": run}
+            if not any(draw(axis, rows, key, "frames", True, **style)
+                       for key in (f"{task} {name}", f"plain_{task} {name}", name)):
                 draw(axis, rows, name, "frames", color=f"C{i}", label=f"{run}, in training")
             axis.set(ylabel=f"{name}, nats", title="")
         if wers:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 import prepare
 from checkpoint import Saver, checkpoints, newest, newest_whole, resume, starting_vocab, starting_weights
-from config import load_config, read_config
+from config import load_config, other_settings, read_config
 from data import Dataset, Loader, open_data
 from heads import batch_loss, mean_losses
 from interleave import SPEECH, Vocab
@@ -68,13 +68,18 @@ def make_optimizers(config, model, dtype):
 
 
 @torch.no_grad()
-def held_out_losses(model, loader, config, rank, world, n_batch=4):
-    """Mean losses of the first batches of a held-out split, the same ones every time."""
-    sums = None
-    for step in range(n_batch):
-        _, part = batch_loss(model, loader.batch(step, range(rank, config.batch_rows, world)), config.softmax)
-        sums = part if sums is None else [a + b for a, b in zip(sums, part)]
-    return mean_losses(total(sums), loader.vocab.stream_names)
+def held_out_losses(model, loaders, config, rank, world, n_batch=8):
+    """Mean losses of the first batches of a held-out split, the same ones every time, task by task (a text
+    costs several times what it costs after its speech) -> {"asr text": nats, "tts semantic": ...}."""
+    found = {}
+    for task, loader in loaders.items():
+        sums = 0.0
+        for step in range(-(-n_batch // len(loaders))):
+            batch = loader.batch(step, range(rank, config.batch_rows, world))
+            sums = torch.tensor(batch_loss(model, batch, config.softmax)[1], dtype=torch.float64) + sums
+        means = mean_losses(total(sums.tolist()), loader.vocab.stream_names)
+        found |= {f"{task} {name}": nats for name, nats in means.items()}
+    return found
 
 
 def check_start(config):
@@ -132,13 +137,6 @@ def counts(batch, config, c):
                                                    int(acoustic.sum()), config.softmax)
 
 
-def changes(before, now):
-    """Settings that differ between two Configs, as words for a person."""
-    differ = [f"{name} was {value!r}, is {getattr(now, name)!r}"
-              for name, value in dataclasses.asdict(before).items() if getattr(now, name) != value]
-    return f" with other settings: {'; '.join(differ)}" if differ else ""
-
-
 def train(config, folder, going_on=False):
     """Train on the prepared data in `folder`, from scratch or, going_on, from out_dir's newest checkpoint ->
     the number of the signal that ended it before the last step, or None."""
@@ -156,7 +154,9 @@ def train(config, folder, going_on=False):
                          f"no checkpoint in {config.out_dir} is whole: delete them to start again")
     dataset.vocab = seen.vocab = starting_vocab(found or config.init_from, dataset.vocab)
     fill_start = check(config, dataset, world, found)
-    loader, held_out = Loader(dataset, config), Loader(seen, config, held_out=True) if len(seen) else None
+    loader = Loader(dataset, config)
+    held_out = {task: Loader(seen, dataclasses.replace(config, mixture={task: 1.0}), held_out=True)
+                for task in loader.tasks if len(seen)}
 
     # the model: made without memory, shared out over the workers, then filled
     dtype = compute_dtype(config.dtype, device)
@@ -168,7 +168,7 @@ def train(config, folder, going_on=False):
     optimizers, params = make_optimizers(config, model, dtype), list(model.parameters())
     state = {"step": 0, "frames": 0, "seconds": 0.0, "skipped": 0}
     if found:
-        say(f"resuming {found}{changes(read_config(f'{found}/config.json'), config)}")
+        say(f"resuming {found}{other_settings(read_config(f'{found}/config.json'), config)}")
         was = resume(found, model, optimizers, rank)
         state = {name: was[name] for name in state}
     elif fill_start:

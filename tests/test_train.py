@@ -84,7 +84,8 @@ def test_two_workers_are_one(reference, tiny_flags, tmp_path):
     assert difference(weights_of(str(tmp_path)), reference[0]) < 1e-4
     for row, other in zip(log, reference[1]):
         assert row["semantic"] == pytest.approx(other["semantic"], rel=1e-5)
-    assert "held_out" in log[2]
+    found = log[2]["held_out"]
+    assert {"asr text", "tts semantic", "tts acoustic8"} <= set(found), "each task is measured by itself"
 
 
 @pytest.mark.parametrize("half, streams", [("semantic", 1), ("acoustic", 8)])
