@@ -116,7 +116,7 @@ def cut(dataset, folder, places, n_word, seed=0):
     splits and the tokenizers as they are. A piece ends where the next begins; texts are tokenized anew."""
     rng, old = np.random.default_rng(seed), dataset.folder
     tokenizer = TextTokenizer.load(f"{old}/text_tokenizer")
-    codes, texts, index, kept, frame, token = [], [], [], [], 0, 0
+    codes, texts, index, kept, piece_places, frame, token = [], [], [], [], [], 0, 0
     for i, place in enumerate(places):
         words, (row, _, speaker) = dataset.info["text"][i].split(), dataset[i]
         starts = [np.flatnonzero(place == number)[:1] for number in range(len(words))]
@@ -131,6 +131,8 @@ def cut(dataset, folder, places, n_word, seed=0):
                 ids = np.array(tokenizer.encode(text), np.int32)
                 codes.append(row[begin:stop].astype(np.int16))
                 texts.append(ids)
+                here = place[begin:stop] - first
+                piece_places.append(np.where((here >= 0) & (here < end - first), here, -1))
                 index.append((frame, stop - begin, token, len(ids), speaker))
                 frame, token = frame + stop - begin, token + len(ids)
                 kept.append({"id": f"{dataset.info['id'][i]}-{first}", "text": text,
@@ -147,17 +149,18 @@ def cut(dataset, folder, places, n_word, seed=0):
         for name in about["splits"][split]["shards"]:
             for part in SHARD_FILES:
                 shutil.copy(f"{old}/{name}.{part}", f"{folder}/{name}.{part}")
-    shutil.copy(f"{old}/align.npz", f"{folder}/align.npz")
     write_shard(folder, "train-00000", codes, texts, index, kept, [], dataset.vocab.n_stream)
     hours = frame / about["frame_hz"] / 3600
     about["splits"]["train"] = {"shards": ["train-00000"], "utterances": len(kept), "hours": hours}
     write_file(f"{folder}/dataset.json", json.dumps(about, indent=1))
+    save_places(Dataset(folder, "train"), piece_places)
     os.rename(folder, new)
     print(f"{new}: {len(kept)} pieces, {hours:.2f} hours")
 
 
 def save_places(dataset, places):
-    """What `align` returned of the dataset's train split -> align.npz in its folder."""
+    """What `align` returned of the dataset's train split -> align.npz in its folder; how many words it has
+    places of."""
     words, texts, folder = [], dataset.info["text"], dataset.folder
     tokenizer = TextTokenizer.load(f"{folder}/text_tokenizer")
     for i, place in enumerate(places):
@@ -169,7 +172,7 @@ def save_places(dataset, places):
                          dataset.vocab.n_text)
     np.savez_compressed(f"{folder}/align.tmp.npz", words=np.array(words), said=said)
     os.replace(f"{folder}/align.tmp.npz", f"{folder}/align.npz")
-    print(f"{folder}/align.npz: {len(words)} words of {len(places)} utterances")
+    return len(words)
 
 
 def semantic_tokens(dataset):
@@ -201,7 +204,7 @@ def main(arguments):
     if args.pieces and os.path.exists(f"{folder}/align.npz"):
         return cut(dataset, args.pieces, read_places(folder, tokens), args.words)
     places = align(tokens, texts, dataset.vocab.n_semantic)
-    save_places(dataset, places)
+    print(f"{folder}/align.npz: {save_places(dataset, places)} words of {len(places)} utterances")
     if args.pieces:
         cut(dataset, args.pieces, places, args.words)
 

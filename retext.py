@@ -4,12 +4,14 @@ Helper of prepare.py in the reading order, after align.py. Another base LLM, or 
 without tokenizing the audio again, which is nearly all of the work:
   python retext.py data/libri-1a2b3c4d data/libri600 --text_model=smollm2 --text_vocab=600
 text_model and text_vocab are those of prepare.py; --lower makes capitals small. What align.py knows of the
-old folder goes along. Killed, it goes on.
+old folder goes along. Killed, it goes on. A tokenizer of our own is fitted on the texts that the old folder
+holds; prepare.py fits it on the manifest's, those of rejected recordings too.
 """
 import argparse
 import hashlib
 import json
 import os
+import shutil
 from itertools import islice
 
 import numpy as np
@@ -53,7 +55,7 @@ def retext(old, folder, text_model="word", text_vocab=0, lower=False):
         about = json.load(f)
     names = about["splits"]["train"]["shards"]
     texts = (small(text) for name in names for text in read_meta(old, name)["text"] if text)
-    texts = list(islice(texts, FIT_TEXTS))
+    texts = list(islice(texts, 0, None, -(-about["splits"]["train"]["utterances"] // FIT_TEXTS)))
     tokenizer = make_text_tokenizer(texts, text_model, text_vocab)
     begun = hashlib.sha256(repr([about, sorted(tokenizer.files.items()), lower]).encode()).hexdigest()[:8]
     place = f"{folder.rstrip('/')}.{begun}.tmp"     # the same once more goes on there
@@ -70,6 +72,8 @@ def retext(old, folder, text_model="word", text_vocab=0, lower=False):
     about["settings"] |= {"text_model": text_model, "text_vocab": text_vocab}
     about["settings"]["lower"] |= lower
     about["sizes"]["n_text"] = tokenizer.n_text
+    if os.path.exists(f"{old}/rejects.tsv"):
+        shutil.copy(f"{old}/rejects.tsv", f"{place}/rejects.tsv")
     write_file(f"{place}/README.md", card(about))
     write_file(f"{place}/dataset.json", json.dumps(about, indent=1))
     if os.path.exists(f"{old}/align.npz"):          # the words are where they were, their tokens are others

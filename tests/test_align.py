@@ -75,5 +75,12 @@ def test_pieces_are_data_of_their_own_and_text_starts_the_rows(tiny_data, tmp_pa
     assert max(len(text.split()) for text in longer.info["text"]) > 2
     said = np.load(f"{folder}/align.npz")["said"]
     assert said.shape == (whole.vocab.n_semantic, whole.vocab.n_text)
+    words = np.load(f"{pieces}/align.npz")["words"]
+    for i, number, start, end in words[:200].tolist():
+        assert number < len(cut.info["text"][i].split()) and 0 <= start < end <= cut.index[i, 1]
+    starts = {(i, number): start for i, number, start, _ in words.tolist()}
+    assert all(starts.get((i, 0), 0) == 0 for i in range(len(cut))), "a piece begins with its first word"
+    code, _, err = run_here(ROOT / "retext.py", pieces, f"{tmp_path / 'letters'}", "--text_model=char")
+    assert code == 0, f"pieces are prepared data like any other: {err}"
     code, _, err = run_here(ROOT / "align.py", folder, f"--pieces={pieces}")
     assert code == 2 and "there already" in err
