@@ -60,21 +60,27 @@ def sound(wav):
 
 
 def known_voices(speaker, n=6):
-    """Recordings of held-out voices, one of each, to speak in: those of the data that the run was trained on
-    -> [path], none where these are not here, or it has one voice of its own."""
+    """Held-out recordings to speak in the voice of, one of each voice, new voices first: those of the data
+    that the run was trained on -> [path], at most n; none where these are not here, or the run has one voice
+    of its own."""
+    found = {}
     if not speaker.config.mixture.get("tts"):
         return []
     try:
-        data = find_data(speaker)
-    except ValueError:
+        infos = [Dataset(find_data(speaker), split).info for split in ("unseen", "seen")]
+    except (ValueError, OSError):                   # moved, or made by another version: the page goes without
         return []
-    found = {}
-    for split in ("unseen", "seen"):
-        info = Dataset(data, split).info
-        for name, path in zip(info["speaker"], info["audio"]):
-            if os.path.isfile(path) and soundfile.info(path).duration <= MAX_SECONDS:
-                found.setdefault(name, path)
-    return list(found.values())[:n]
+    for name, path in (pair for info in infos for pair in zip(info["speaker"], info["audio"])):
+        if len(found) < n and name not in found and os.path.isfile(path) and can_be_prompt(path):
+            found[name] = path
+    return list(found.values())
+
+
+def can_be_prompt(path):
+    try:
+        return soundfile.info(path).duration <= MAX_SECONDS
+    except soundfile.LibsndfileError:
+        return False
 
 
 def framed(page):
@@ -152,7 +158,7 @@ def actions(speaker):
 
 
 def make_page(speaker):
-    """Speaker -> gradio.Blocks. Its data's held-out voices are there to pick from."""
+    """Speaker -> gradio.Blocks. Held-out recordings of its data are there to pick a voice from."""
     speak, read, go_on, look_at_speech, look_at_reading = actions(speaker)
     upload = functools.partial(gradio.Audio, type="filepath", sources=["upload", "microphone"])
     size = sum(p.numel() for p in speaker.model.parameters()) / 1e6

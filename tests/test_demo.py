@@ -53,6 +53,18 @@ def test_a_model_of_one_voice_asks_for_none(speaker, monkeypatch):
     assert "<iframe" in last(look_at_speech("seven three", None, 3))
 
 
+def test_held_out_voices_are_offered_where_they_are(speaker, tiny_data, monkeypatch):
+    import demo
+    infos = [Dataset(tiny_data, split).info for split in ("unseen", "seen")]
+    who = {path: name for info in infos for name, path in zip(info["speaker"], info["audio"])}
+    found = demo.known_voices(speaker)
+    assert found[0] in infos[0]["audio"] and len({who[path] for path in found}) == len(found), "one of each"
+    assert demo.known_voices(speaker, 1) == found[:1]
+    monkeypatch.setitem(speaker.state, "data", "/nowhere")
+    monkeypatch.setattr(speaker.config, "data_dir", "/nowhere")
+    assert demo.known_voices(speaker) == [], "data that have moved: the page goes without"
+
+
 def test_bad_input_is_a_message(speaker, voice, tmp_path):
     import demo
     speak, read, *_ = demo.actions(speaker)
