@@ -315,18 +315,20 @@ def main(arguments):
     parser.add_argument("--join", type=int, default=1, help="so many utterances of a speaker as a long one")
     parser.add_argument("--best", type=int, default=1, help="TTS again by the best of so many samples")
     parser.add_argument("--guidance", type=float, help="of synthesis (default: as in the configuration)")
-    parser.add_argument("--voice", action="store_true", help="speaker similarity, DNSMOS, pitch and rate too")
+    parser.add_argument("--voice", action="store_true", help="voice similarity, DNSMOS, pitch and rate too")
     for flag in ("--text", "--choices", "--endings"):
         parser.add_argument(flag, action="append", default=[], metavar="FILE", help="see eval_text.py")
     for flag in ("--shots", "--before"):
         parser.add_argument(flag, help="see eval_text.py")
     for flag in ("--speaker_model", "--utmos"):
-        parser.add_argument(flag, help="see eval_voice.py")
+        parser.add_argument(flag, help="see eval_voice.py; with it --voice need not be said")
     parser.add_argument("--compare", help="another evaluated run: only compare the two")
     parser.add_argument("--plot", nargs="+", metavar="RUN", help="other runs: only draw their curves beside")
     parser.add_argument("--quant", default="", help="int8: faster decoding on a CPU")
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
     args = parser.parse_args(arguments)
+    if (args.shots or args.before) and not (args.text or args.choices or args.endings):
+        raise ValueError("--shots and --before go with --text, --choices or --endings")
     if args.plot:
         folder = args.run if os.path.isdir(args.run) else os.path.dirname(os.path.abspath(args.run))
         path = f"{folder}/compare.png"
@@ -345,9 +347,10 @@ def main(arguments):
 def further(script, args):
     """The rows of eval_voice.py or eval_text.py, where args ask for them -> exit code. Those files build on
     this one, so they are imported only now."""
-    if script == "voice" and args.voice:
+    if script == "voice" and (args.voice or args.speaker_model or args.utmos):
         flags = {"--data": [args.data], "--n": [args.n], "--speaker_model": [args.speaker_model],
-                 "--utmos": [args.utmos]}
+                 "--utmos": [args.utmos], "--guidance": [args.guidance], "--quant": [args.quant],
+                 "--dtype": [args.dtype]}
     elif script == "text" and (args.text or args.choices or args.endings):
         flags = {"--text": args.text, "--choices": args.choices, "--endings": args.endings,
                  "--shots": [args.shots], "--before": [args.before], "--n": [args.n]}

@@ -2,18 +2,19 @@
 
 Helper of eval.py:  python eval_voice.py out/numbers --n=40
 The model speaks texts of held-out voices. Beside its speech stand the recording of the same text (tokenized
-and decoded, which is as good as it can get) and one of another speaker (the floor of similarity). Measures
-come from packages that bring their weights, a line says how to get one that is missing (exit code 3):
+and decoded, which is as good as it can get) and one of another speaker (the floor of similarity). Most
+measures come from packages that bring their weights, a line says how to get what is missing (exit code 3):
   similarity   cosine of speaker embeddings to the prompt's: resemblyzer, or --speaker_model=FOLDER of an
                x-vector model for transformers (for instance microsoft/wavlm-base-plus-sv)
   DNSMOS       predicted mean opinion score, P.835 overall and P.808: speechmos
-  UTMOS        another one, with --utmos=FILE: utmos_scripted.pt of huggingface.co/Blinorot/UTMOS-PyTorch
+  UTMOS        another one, with --utmos=FILE: utmos_scripted.pt of Blinorot/UTMOS-PyTorch on the hub
   pitch, rate  median fundamental in Hz and its spread in semitones (librosa), letters a second
 Folder RUN/voices keeps the wavs and the wav.scp, prompt.scp, original.scp and text that VERSA takes.
 """
 import argparse
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import soundfile
@@ -153,8 +154,13 @@ def main(arguments):
     parser.add_argument("--data", help="folder of prepared data (default: those of the training)")
     parser.add_argument("--speaker_model", help="folder of an x-vector model instead of resemblyzer")
     parser.add_argument("--utmos", metavar="FILE", help="UTMOS as TorchScript")
+    parser.add_argument("--guidance", type=float, help="of synthesis (default: as in the configuration)")
+    parser.add_argument("--quant", default="", help="int8: faster decoding on a CPU")
+    parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
     args = parser.parse_args(arguments)
-    speaker = Speaker(args.run)
+    speaker = Speaker(args.run, quant=args.quant, dtype=args.dtype)
+    if args.guidance is not None:
+        speaker.config = replace(speaker.config, guidance=args.guidance)
     data, c = find_data(speaker, args.data), speaker.config
     splits = [Dataset(data, split, token_streams=c.token_streams) for split in ("unseen", "seen")]
     dataset = next((split for split in splits if len(set(split.index[split.paired(), 4])) > 1), None)

@@ -71,11 +71,12 @@ def error_report(references, hypotheses):
 
 def interval(values, of=None, n=1000, seed=0):
     """Mean of values (M,), or sum(values) / sum(of), with its 95 % interval by bootstrap over the M
-    utterances or questions: (estimate, low, high)."""
+    utterances or questions: (estimate, low, high). A draw in which nothing is counted says nothing."""
     values = np.asarray(values, float)
     of = np.ones(len(values)) if of is None else np.asarray(of, float)
     picked = np.random.default_rng(seed).integers(len(values), size=(n, len(values)))
-    again = values[picked].sum(1) / np.maximum(of[picked].sum(1), 1e-9)
+    picked = picked[of[picked].sum(1) > 0]
+    again = values[picked].sum(1) / of[picked].sum(1)
     return float(values.sum() / of.sum()), *map(float, np.percentile(again, [2.5, 97.5]))
 
 

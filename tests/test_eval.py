@@ -53,6 +53,7 @@ def test_errors_are_told_apart_and_have_an_interval():
         report["wer"] / 100 * report["words"])
     mean, low, high = interval([0, 1] * 200)        # a coin: 0.5, give or take 1.96 * 0.5 / sqrt(400)
     assert mean == 0.5 and low == pytest.approx(0.451, abs=0.012) and high == pytest.approx(0.549, abs=0.012)
+    assert interval([6, 0, 0], [2, 0, 0]) == (3, 3, 3), "draws that count nothing do not pull it to 0"
 
 
 def test_two_runs_are_compared_utterance_by_utterance(tmp_path):
