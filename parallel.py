@@ -62,7 +62,7 @@ def start_workers(timeout_s=600.0):
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise ValueError("torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the "
-                         "environment, or restarted workers look for dead ones (PyTorch's issue 135712)")
+                         "environment, or restarted workers look for dead ones")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
     if device.type == "cpu":
