@@ -66,6 +66,8 @@ def token_losses(model, hidden, targets, weight, modality, scope):
 # ---- the loss, fused ---------------------------------------------------------------------------------------
 
 CHUNK = 2 ** 24             # scores held at a time, whatever the vocabulary: 64 MB in fp32
+ROWS = 64                   # chunks are filled up to a multiple: for each new shape in bf16 oneDNN, PyTorch's
+                            # library on CPUs, keeps as much memory as the table takes
 
 
 def own_softmax(scores, target, weight):
@@ -119,29 +121,33 @@ class LinearCrossEntropy(torch.autograd.Function):
         g_hidden, g_table, g_bias0, g_bias = ctx.gradients = [          # sums of many chunks, so in fp32
             None if x is None or not with_gradient else torch.zeros_like(x, dtype=torch.float32)
             for x in inputs]
-        step = max(16, CHUNK // C)
+        step = max(1, CHUNK // C // ROWS) * ROWS
         for row in [*range(0, n_acoustic, step), *range(n_acoustic, R, step)]:
             acoustic = row < n_acoustic
             rows = slice(row, min(row + step, n_acoustic if acoustic else R))
-            scores = (hidden[rows] @ W.T).float()                           # (r, C)
+            n = rows.stop - row
+            h, t, w = (F.pad(x[rows], (0, 0, 0, -n % ROWS)) for x in (hidden, target, weight))
+            scores = (h @ W.T).float()                                      # (r, C), r = n filled up
             own = scores[:, :prefix] if bias0 is None else scores[:, :prefix] + bias0
-            losses[rows, :1], first = own_softmax(own[:, None], target[rows, :1], weight[rows, :1])
+            of_first, first = own_softmax(own[:, None], t[:, :1], w[:, :1])
             if with_gradient and bias0 is not None:
                 g_bias0 += first.sum((0, 1))                              # before slope, a view of it, grows
             slope = first[:, 0] if prefix == C else F.pad(first[:, 0], (0, C - prefix))     # (r, C)
             if acoustic and bias.shape[1] == end - start:                   # one softmax over the window
-                losses[rows, 1:], others, of_bias = shared_softmax(
-                    scores[:, start:end], bias, target[rows, 1:], weight[rows, 1:])
+                of_others, others, of_bias = shared_softmax(scores[:, start:end], bias, t[:, 1:], w[:, 1:])
                 slope[:, start:end] += others
             elif acoustic:                                                  # a part of the window for each
                 parts = scores[:, start:end].unflatten(1, bias.shape) + bias                # (r, K, width)
-                losses[rows, 1:], others = own_softmax(parts, target[rows, 1:], weight[rows, 1:])
+                of_others, others = own_softmax(parts, t[:, 1:], w[:, 1:])
                 of_bias = others.sum(0)
                 slope[:, start:end] += others.flatten(1)
+            losses[rows, :1] = of_first[:n]
+            if acoustic:
+                losses[rows, 1:] = of_others[:n]
             if with_gradient:
                 slope = slope.to(hidden.dtype)
-                g_hidden[rows] = slope @ W
-                g_table += slope.T @ hidden[rows]
+                g_hidden[rows] = (slope @ W)[:n]
+                g_table += slope.T @ h
                 if acoustic:
                     g_bias += of_bias
         ctx.mark_non_differentiable(losses)

@@ -133,8 +133,9 @@ def test_compiled_blocks_are_the_blocks(toy, toy_example):
 @pytest.mark.parametrize("published", [False, True])
 @pytest.mark.parametrize("scope", ["grammar", "original"])
 def test_the_fused_loss_is_the_plain_one_with_its_gradients(scope, published, toy, toy_example, monkeypatch):
-    """In chunks of 16 rows, with and without stream 0's head embedding, and weights of every kind."""
+    """In chunks of 16 rows, the last one filled up, with and without stream 0's head embedding."""
     monkeypatch.setattr(heads, "CHUNK", 1)
+    monkeypatch.setattr(heads, "ROWS", 16)
     config = ModelConfig(toy.size, toy.streams, toy.text, n_layer=1, n_head=2, d_model=32, d_ff=32,
                          published=published)
     model = Model(config).init_weights(torch.Generator().manual_seed(0))
