@@ -115,6 +115,12 @@ class Dataset:
         """(M',) the utterances that have both speech and a text."""
         return np.flatnonzero((self.index[:, 1] > 0) & (self.index[:, 3] > 0))
 
+    def able(self, task):
+        """(M',) the utterances that have what a task needs: speech, a text, or both."""
+        needs = {segment.of for segment in TASKS[task][1]}
+        return np.flatnonzero(((self.index[:, 1] > 0) | (needs == {"text"}))
+                              & ((self.index[:, 3] > 0) | ("text" not in needs)))
+
     def count_changes(self):
         """(M,) how many of each utterance's frames have another semantic token than the one before."""
         found, index = np.zeros(len(self), np.int64), self.index
@@ -230,12 +236,11 @@ class Loader:
     def fill_pool(self, task, shares):
         """Find the utterances that have what a task needs, by folder, each with its weight, and see whether
         they fit."""
-        index, needs = self.dataset.index, {segment.of for segment in TASKS[task][1]}
-        fit = ((index[:, 1] > 0) | (needs == {"text"})) & ((index[:, 3] > 0) | ("text" not in needs))
-        if not fit.any():
+        able = self.dataset.able(task)
+        if not len(able):
+            needs = sorted({segment.of for segment in TASKS[task][1]})
             raise ValueError(f"the mixture has {task!r}, but no utterance of {self.dataset.folder} has what "
-                             f"it needs: {' and '.join(sorted(needs))}")
-        able = np.flatnonzero(fit)
+                             f"it needs: {' and '.join(needs)}")
         folders = [able[self.dataset.source[able] == k] for k in range(len(shares))]
         weight = np.array([share * (len(pool) > 0) for share, pool in zip(shares, folders)], float)
         if not weight.sum():

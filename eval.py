@@ -17,11 +17,11 @@ import importlib
 import json
 import math
 import os
+import re
 import time
 from dataclasses import replace
 
 import numpy as np
-import soundfile
 import torch
 from tqdm import tqdm
 
@@ -35,7 +35,7 @@ from plot import plot_comparison, plot_curves, read_run
 from script import run_script
 from shards import write_file
 from speaker import Speaker
-from tokenize_audio import Tokenizer, load_audio
+from tokenize_audio import load_audio, save_audio
 from wer import capped_rate, comparable, error_report, interval, open_whisper, word_errors
 
 # ---- the parts ---------------------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def suffix(join):
 
 
 def evaluate_asr(speaker, dataset, groups):
-    if not groups:
+    if not groups or not speaker.config.mixture.get("asr"):
         return {"wer": None, "n": 0}, []
     references = [" ".join(dataset.info["text"][i] for i in group) for group in groups]
     hypotheses = speaker.transcribe([np.concatenate([dataset[i][0] for i in group]) for group in groups])
@@ -93,8 +93,8 @@ def evaluate_tts(speaker, dataset, groups, folder, whisper=None, best=1, seed=0)
     wavs["resynthesised"] = [speaker.decode(np.concatenate([dataset[i][0] for i in group]))
                              for group in groups]                           # originals, as tokenized
     read = {name: speaker.transcribe([speaker.encode(pad_short(wav)) for wav in some])
-            for name, some in wavs.items()}
-    own = {"n": n, "ended": sum(ended for _, ended in spoken) / n}
+            for name, some in wavs.items()} if c.mixture.get("asr") else {}
+    own = {"wer": None, "n": n, "ended": sum(ended for _, ended in spoken) / n}
     for name, heard in read.items():
         own |= capped_rate(name, references, heard)
     judged = None
@@ -108,10 +108,10 @@ def evaluate_tts(speaker, dataset, groups, folder, whisper=None, best=1, seed=0)
                 tqdm(some, f"Whisper: {name}", n, mininterval=2), references))))
     os.makedirs(folder, exist_ok=True)
     for i in range(min(4, n)):
-        name = f"{folder}/{i}_{references[i].replace(' ', '_')[:60]}"
-        soundfile.write(f"{name}.model.wav", wavs["wer"][i], Tokenizer.sample_rate)
-        soundfile.write(f"{name}.original.wav", wavs["resynthesised"][i], Tokenizer.sample_rate)
-    return {"own_asr": own, "whisper": judged}, list(zip(references, read["wer"]))
+        said = re.sub(r"[^\w-]+", "_", references[i])[:60]
+        save_audio(f"{folder}/{i}_{said}.model.wav", wavs["wer"][i])
+        save_audio(f"{folder}/{i}_{said}.original.wav", wavs["resynthesised"][i])
+    return {"own_asr": own, "whisper": judged}, list(zip(references, read.get("wer", ())))
 
 
 def pad_short(wav):
@@ -124,10 +124,11 @@ def perplexities(speaker, dataset, n_row=16):
     """exp of the mean teacher-forced loss of each kind of token in ASR and TTS, those of them that the model
     learned, counted where it learns -> {kind: [perplexity, low, high]}, intervals over rows of examples."""
     c = speaker.config
-    tasks = {task: 1 for task in ("asr", synthesis_task(c)) if c.mixture.get(task)}
-    if not len(dataset.paired() if tasks else dataset):
+    tasks = {task: 1 for task in ("asr", synthesis_task(c)) if c.mixture.get(task)} or c.mixture
+    tasks = {task: share for task, share in tasks.items() if share > 0 and len(dataset.able(task))}
+    if not tasks:
         return None
-    loader = Loader(dataset, replace(c, mixture=tasks or c.mixture, batch_rows=1, seed=0), held_out=True)
+    loader = Loader(dataset, replace(c, mixture=tasks, batch_rows=1, seed=0), held_out=True)
     reports = np.array([batch_loss(speaker.model, loader.batch(row), c.softmax)[1] for row in range(n_row)])
     losses, counts = np.split(reports, 2, 1)                                # (n_row, kinds)
     kinds = ("text", "special", *loader.vocab.stream_names)
@@ -171,10 +172,13 @@ def find_data(speaker, folder=None):
         return known
     if not folder:
         settings = {name: getattr(speaker.config, name) for name in prepare.SETTINGS}
-        place = prepare.data_folder(speaker.config.data_dir, settings)
-        if prepare.is_prepared(place):
-            return place
-        known = f"{known} or {place}" if known else place
+        try:
+            place = prepare.data_folder(speaker.config.data_dir, settings)
+            if prepare.is_prepared(place):
+                return place
+            known = f"{known} or {place}" if known else place
+        except ValueError as problem:           # its corpus or tokenizer is not here, so not its data's name
+            known = known or f"a folder whose name we can't tell ({problem})"
     raise ValueError(f"no prepared data at {known}: name them, --data=FOLDER")
 
 
@@ -186,12 +190,12 @@ def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto", best=1
     and the curves stay as they are."""
     began, speaker = time.time(), Speaker(run, quant=quant, dtype=dtype)
     run, c = speaker.run, speaker.config
+    data = find_data(speaker, data)
     if n is not None:
         c.eval_utterances = c.tts_utterances = n
     c.guidance = c.guidance if guidance is None else guidance
     check_sampling(c)
     c.max_speech_s, joined = c.max_speech_s * join, suffix(join)
-    data = find_data(speaker, data)
     seen, unseen = (Dataset(data, split, token_streams=c.token_streams) for split in ("seen", "unseen"))
     for dataset in (seen, unseen):
         dataset.vocab = same_vocab(dataset.vocab, speaker.vocab, run)
@@ -241,7 +245,7 @@ def table(results):
     percent = lambda x: "  --  " if x is None else f"{x:5.1f} %"
 
     def capped(found, name):
-        if name not in found:
+        if found.get(name) is None:
             return "--"
         low, high = found[f"{name}_interval"]
         return f"{found[name]:.1f} % ({low:.1f} to {high:.1f})"

@@ -144,19 +144,19 @@ def train(config, folder, going_on=False):
     rank, world, device = start_workers(config.timeout_s)
     say = print if rank == 0 else (lambda *_: None)
     dataset = open_data(config, folder, rank == 0)
-    evaluation = [Dataset(folder, split, rank == 0, config.token_streams) for split in prepare.SPLITS[1:]]
-    seen = max(evaluation, key=lambda split: len(split.paired()) > 0)   # a corpus may have new speakers only
+    known, new = (Dataset(folder, split, rank == 0, config.token_streams) for split in prepare.SPLITS[1:])
     found = newest_whole(config.out_dir, rank, world, say) if going_on else None
     if going_on and not found and not checkpoints(config.out_dir):
         say(f"no checkpoint in {config.out_dir} yet: from the start")
     if checkpoints(config.out_dir) and not found:
         raise ValueError(occupied(config.out_dir) if not going_on else
                          f"no checkpoint in {config.out_dir} is whole: delete them to start again")
-    dataset.vocab = seen.vocab = starting_vocab(found or config.init_from, dataset.vocab)
+    dataset.vocab = known.vocab = new.vocab = starting_vocab(found or config.init_from, dataset.vocab)
     fill_start = check(config, dataset, world, found)
     loader = Loader(dataset, config)
-    held_out = {task: Loader(seen, dataclasses.replace(config, mixture={task: 1.0}), held_out=True)
-                for task in loader.tasks if len(seen)}
+    held_out = {task: Loader(split, dataclasses.replace(config, mixture={task: 1.0}), held_out=True)
+                for split in (new, known)       # of known voices, unless the corpus has new ones only
+                for task in loader.tasks if len(split.able(task))}
 
     # the model: made without memory, shared out over the workers, then filled
     dtype = compute_dtype(config.dtype, device)
@@ -303,8 +303,8 @@ def whole_job(config, arguments, settings, going_on):
     seconds["train"] = run_stage("training", [*launch, f"{here}/train.py", "--worker", *arguments], peak)
     seconds["eval"] = run_stage("eval.py", [sys.executable, f"{here}/eval.py", config.out_dir], peak)
 
-    voices = [Dataset(folder, split).info["audio"] for split in ("unseen", "seen", "train")]
-    report(config.out_dir, seconds, peak, next(group[0] for group in voices if group))
+    voices = (path for split in ("unseen", "seen", "train") for path in Dataset(folder, split).info["audio"])
+    report(config.out_dir, seconds, peak, next(filter(None, voices), "voice.wav"))
 
 
 def main(arguments):

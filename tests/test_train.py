@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, run_here
 
+import prepare
 from checkpoint import load_model
 from config import Config, load_config
 from data import Dataset
@@ -98,6 +99,26 @@ def test_half_of_the_tokens_trains_and_evaluates(half, streams, tiny_data, tiny_
     assert results["tts"]["own_asr"]["n"] == (0 if half == "semantic" else 2)
     names = {name for name in results["perplexity"]["seen"] if name not in ("text", "special")}
     assert names == ({"semantic"} if half == "semantic" else {f"acoustic{k}" for k in range(1, 9)})
+
+
+def test_a_task_that_held_out_data_lack_is_not_measured(tiny_data, tiny_flags, tmp_path):
+    """Speech without transcripts beside text that nobody spoke: both are learned, speech alone is held out;
+    nobody asks a model to read or to speak that never learned it."""
+    rows = [("id", "audio", "text", "speaker", "split"),
+            ("words", "-", "seven three / five and/or two", "-", "train")]
+    for split in ("train", "unseen"):
+        rows += [(f"{split}{k}", path, "-", "me", split)
+                 for k, path in enumerate(Dataset(tiny_data, split).info["audio"][:8])]
+    manifest = tmp_path / "speech.tsv"
+    manifest.write_text("\n".join("\t".join(row) for row in rows))
+    settings = prepare.SETTINGS | {"corpus": str(manifest), "audio_tokenizer": f"{tiny_data}/audio_tokenizer"}
+    folder, out = prepare.prepare(settings, str(tmp_path), n_process=1), str(tmp_path / "out")
+    train(load_config([*tiny_flags, f"--out_dir={out}", "--mixture={'speech': 1, 'text': 1}", "--max_steps=2",
+                       "--eval_every=2"]), folder)
+    held_out = json.loads(open(f"{out}/out.jsonl").readlines()[-1])["held_out"]
+    assert "speech semantic" in held_out and not any(name.startswith("text") for name in held_out)
+    found = evaluate(out)
+    assert "semantic" in found["perplexity"]["unseen"] and found["asr"]["unseen"]["n"] == 0
 
 
 def test_bfloat16_follows_float32(reference, tiny_data, tiny_flags, tmp_path):
