@@ -47,7 +47,7 @@ def recording(path, what):
         raise ValueError(f"please record or upload {what} first")
     try:
         seconds = soundfile.info(path).duration
-    except soundfile.LibsndfileError:
+    except (soundfile.LibsndfileError, TypeError):
         raise ValueError(f"{what} is not in an audio format that we can read: wav, flac, ogg, mp3") from None
     if seconds > MAX_SECONDS:
         raise ValueError(f"{what} has {seconds:.0f} s; at most {MAX_SECONDS} s, please")
@@ -79,7 +79,7 @@ def known_voices(speaker, n=6):
 def can_be_prompt(path):
     try:
         return soundfile.info(path).duration <= MAX_SECONDS
-    except soundfile.LibsndfileError:
+    except (soundfile.LibsndfileError, TypeError):
         return False
 
 

@@ -18,7 +18,7 @@ import torch
 from heads import stream_logits
 from interleave import N_SPECIAL, TEXT, build_sequence, speech_frames, training_rows, undelay
 from plot import in_grey
-from tokenize_audio import SAMPLE_RATE, Tokenizer, load_audio
+from tokenize_audio import SAMPLE_RATE, Tokenizer, load_audio, save_audio
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -244,8 +244,8 @@ def explain(speaker, args, generator):
     if args.task == "tts":
         prompt = speaker.encode(load_audio(args.prompt)) if args.prompt else None
         made, wav = explain_tts(speaker, " ".join(args.input), prompt, generator, head)
-        soundfile.write(args.out, wav, SAMPLE_RATE)
-    elif args.task == "asr":
+        save_audio(args.out, wav)
+    elif args.task == "asr" and len(args.input) == 1:
         made, text = explain_asr(speaker, load_audio(args.input[0]), head)
         print(text)
     else:

@@ -28,7 +28,7 @@ from convert import export_text
 from explain import explain
 from script import run_script
 from speaker import Speaker
-from tokenize_audio import Tokenizer, load_audio
+from tokenize_audio import Tokenizer, load_audio, save_audio
 from wer import open_whisper
 
 FILES = 16                  # recognised at once
@@ -67,6 +67,8 @@ def write_stream(path, pieces):
     how it ended, which `pieces` returns."""
     began, first, n, rate = time.time(), None, 0, Tokenizer.sample_rate
     bare = path == "-"
+    if not bare:
+        save_audio(path, torch.zeros(1).numpy())        # where it can't be written is said before it speaks
     with nullcontext(sys.stdout.buffer) if bare else soundfile.SoundFile(path, "w", rate, 1) as out:
         while True:
             try:
@@ -187,7 +189,7 @@ def say_all(speaker, inputs, several, args, say):
             os.makedirs(args.out, exist_ok=True)
             path = f"{args.out}/{number:04d}.wav"
         wav, about = say(given)
-        soundfile.write(path, wav, Tokenizer.sample_rate)
+        save_audio(path, wav)
         about |= {"wav": path, "text" if args.task == "tts" else "audio": given, "prompt": args.prompt,
                   "seconds": len(wav) / Tokenizer.sample_rate}
         line = json.dumps(about, ensure_ascii=False)

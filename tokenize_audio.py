@@ -35,9 +35,17 @@ def load_audio(path, speed=1.0):
         raise ValueError(f"{path}: no such file")
     try:
         wav, sr = soundfile.read(path, dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
+    except (soundfile.LibsndfileError, TypeError) as error:             # TypeError: a name that ends in .raw
         raise ValueError(f"{path}: not readable as audio ({error})") from None
     return to_mono_16k(wav, sr * speed, path)
+
+
+def save_audio(path, wav):
+    """Write wav (n,) at 16 kHz in the format that the path ends in. ValueError says why it can't be."""
+    try:
+        soundfile.write(path, wav, SAMPLE_RATE)
+    except (soundfile.LibsndfileError, TypeError) as error:
+        raise ValueError(f"{path}: can't be written as audio ({error})") from None
 
 
 def to_mono_16k(wav, sr, name="audio"):
@@ -235,7 +243,7 @@ def fit_tokenizer(wavs, texts, speakers, n_semantic=256, n_acoustic=256, n_level
 # ---- the tokenizer -----------------------------------------------------------------------------------------
 
 class Tokenizer:
-    """encode, decode, save, load and the sizes: what any tokenizer of ours has."""
+    """What all tokenizers have: encode, encode_all, decode, start_decoding, save, load and the sizes."""
     sample_rate, frame_hz = SAMPLE_RATE, SAMPLE_RATE / HOP
 
     def __init__(self, arrays, switch_penalty):
@@ -340,7 +348,7 @@ def main(arguments):
         sys.exit(__doc__)
     tokenizer = Tokenizer.load(arguments[0])
     spoken = tokenizer.encode(load_audio(arguments[1]))
-    soundfile.write(arguments[2], tokenizer.decode(spoken), SAMPLE_RATE)
+    save_audio(arguments[2], tokenizer.decode(spoken))
     print(f"{len(spoken)} frames; the first five:\n{spoken[:5]}")
     return None
 

@@ -14,6 +14,7 @@ from tokenize_audio import (
     load_audio,
     log_mel,
     same_text_pairs,
+    save_audio,
     smooth_path,
     stft,
     to_mono_16k,
@@ -99,15 +100,21 @@ def test_resampling_does_not_alias():
 
 @pytest.mark.parametrize("kind, message", [
     ("empty", "at least 64 ms"), ("corrupt", "not readable"), ("missing", "no such file"),
-    ("nan", "not finite")])
+    ("nan", "not finite"), ("raw", "not readable")])
 def test_bad_audio_is_named(tmp_path, kind, message):
-    path = tmp_path / f"{kind}.wav"
-    if kind == "empty":
+    path = tmp_path / ("bare.raw" if kind == "raw" else f"{kind}.wav")
+    if kind == "raw":
+        path.write_bytes(bytes(3200))
+    elif kind == "empty":
         soundfile.write(path, np.zeros(0), 16000)
     elif kind == "corrupt":
         path.write_bytes(b"RIFF and then nothing of use")
     elif kind == "nan":
         soundfile.write(path, np.full(16000, np.nan), 16000, subtype="FLOAT")
+    with pytest.raises(ValueError, match="can't be written"):
+        save_audio(tmp_path / "no folder" / "a.wav", np.zeros(100))
+    with pytest.raises(ValueError, match="can't be written"):
+        save_audio(tmp_path / "a.mp4", np.zeros(100))
     with pytest.raises(ValueError, match=message) as error:
         load_audio(path)
     assert path.name in str(error.value)
