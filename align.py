@@ -200,7 +200,8 @@ def main(arguments):
         raise ValueError(f"{args.pieces} is there already: name a new folder")
     dataset = Dataset(folder, "train")
     texts = [text.lower() for text in dataset.info["text"]]
-    tokens = semantic_tokens(dataset)
+    # speech without a transcript would be one long pause: left out
+    tokens = [row if text else row[:0] for row, text in zip(semantic_tokens(dataset), texts)]
     if args.pieces and os.path.exists(f"{folder}/align.npz"):
         return cut(dataset, args.pieces, read_places(folder, tokens), args.words)
     places = align(tokens, texts, dataset.vocab.n_semantic)

@@ -108,6 +108,10 @@ class Manifest:
         if row["speed"] != 1 and row["split"] != "train":
             raise ValueError(row["id"], "speed other than 1 in evaluation: that is for training speech")
         row["text"] = "" if row["text"] == "-" else row["text"]
+        try:
+            row["text"].encode()
+        except UnicodeEncodeError:
+            raise ValueError(row["id"], "its text has half a character (a lone surrogate)") from None
         row["audio"] = "" if row["audio"] == "-" else os.path.join(self.base, row["audio"])
         if not row["text"] and not row["audio"]:
             raise ValueError(row["id"], "neither audio nor text")
@@ -242,7 +246,7 @@ def text(path):
         if path.endswith(TEXT):
             name = os.path.splitext(os.path.basename(path))[0]
             for number, document in enumerate(documents(path)):
-                words = (document or "").split()                            # null, in parquet or jsonl
+                words = str(document or "").encode(errors="ignore").decode().split()    # null; half an emoji
                 for start in range(0, len(words), PASSAGE):
                     yield f"{name}-{number}-{start}", "-", " ".join(words[start:start + PASSAGE]), "-"
 

@@ -17,6 +17,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 
 import numpy as np
 import torch
@@ -88,6 +89,8 @@ def data_folder(root, settings):
         content["manifest"] = digest.hexdigest()
         name = os.path.splitext(os.path.basename(name))[0]
         content["corpus"] = name
+        content = {field: value for field, value in content.items()
+                   if field not in ("corpus_utterances", "eval_utterances")}       # the numbers' alone
     if settings["text_model"] not in KINDS:
         text_tokenizer = make_text_tokenizer([], settings["text_model"], 0)
         own = "text.model" if "text.model" in text_tokenizer.files else "tokenizer.json"
@@ -142,8 +145,8 @@ def make_tokenizers(manifest, settings, folder):
             copy_folder(settings["audio_tokenizer"], f"{folder}/audio_tokenizer")
         else:
             chosen = np.random.default_rng(settings["data_seed"]).permutation(len(train))
-            rows = manifest.rows(train[chosen[:settings["fit_utterances"]]])
-            fit_on([row for row in rows if row["audio"]], settings, folder)
+            rows = (row for row in manifest.rows(train[chosen]) if row["audio"])
+            fit_on(islice(rows, settings["fit_utterances"]), settings, folder)
     if not os.path.exists(f"{folder}/text_tokenizer"):
         rows = manifest.rows(train[::-(-len(train) // FIT_TEXTS)])
         texts = [lower(row["text"]) for row in rows if row["text"]]

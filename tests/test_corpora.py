@@ -115,7 +115,8 @@ def test_a_manifest_stays_on_disk(tmp_path):
 def test_texts_become_passages(tmp_path):
     (tmp_path / "book.txt").write_text("One line\nof a paragraph.\n\nAnother.\n")
     (tmp_path / "lines.txt").write_text("First.\nSecond.\n")
-    (tmp_path / "web.jsonl").write_text('{"text": "' + "many words " * 200 + '"}\n{"text": null}\n')
+    (tmp_path / "web.jsonl").write_text('{"text": "' + "many words " * 200
+                                        + '"}\n{"text": null}\n{"text": "\\ud83d "}\n')
     rows = list(read_corpus(f"text:train:{tmp_path}"))
     texts = [row["text"] for row in rows]
     assert texts[:4] == ["One line of a paragraph.", "Another.", "First.", "Second."]

@@ -72,7 +72,9 @@ def test_the_folder_is_named_by_what_shaped_it(tmp_path):
     manifest.write_text("id\taudio\ttext\tspeaker\n")
     before = prepare.data_folder("d", TINY | {"corpus": str(manifest)})
     manifest.write_text("id\taudio\ttext\tspeaker\nx\tx.wav\thi\tme\n")
-    assert prepare.data_folder("d", TINY | {"corpus": str(manifest)}) != before
+    after = prepare.data_folder("d", TINY | {"corpus": str(manifest)})
+    assert after != before
+    assert prepare.data_folder("d", TINY | {"corpus": str(manifest), "eval_utterances": 9}) == after
 
 
 def test_another_corpus_in_the_tokens_of_the_first(tiny_data, tmp_path):
