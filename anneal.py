@@ -27,6 +27,9 @@ def annealing_settings(arguments):
     if not start:
         raise ValueError("where from? --init_from=a run of ours or one of its checkpoints")
     before, state = read_config(f"{start}/config.json"), read_state(start)
+    if "data" not in state:
+        raise ValueError(f"{start} is an export, without what its training knew: anneal from the run's own "
+                         "checkpoint")
     factor = train.learning_rate(before, state["step"])
     if factor == 0 and "lr" not in said:
         raise ValueError(f"the rate of {start} has come down to zero already: begin from a checkpoint before "

@@ -155,10 +155,14 @@ def load_config(arguments):
         config.text_model = config.init_from
     if config.splice_frames and config.recombine_frames:
         raise ValueError("splice_frames and recombine_frames both join utterances: set one of them to 0")
-    for name in ("row_frames", "batch_rows", "grad_accum", "max_steps", "save_every", "log_every",
-                 "keep_last", "max_bad_steps"):
+    for name in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "row_frames", "batch_rows",
+                 "grad_accum", "max_steps", "save_every", "log_every", "keep_last", "max_bad_steps"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)}: 1 at least")
+    for name in ("mixture", "datasets", "curriculum"):
+        for key, share in getattr(config, name).items():
+            if type(share) not in (int, float) or share < 0:
+                raise ValueError(f"{name}: {key!r} takes a number, 0 or more, not {share!r}")
     if not any(weight > 0 for weight in config.mixture.values()):
         raise ValueError(f"mixture={config.mixture}: no task has a weight")
     if config.semantic_asr and config.token_streams == "acoustic":

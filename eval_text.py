@@ -90,7 +90,7 @@ def ask(row, shots):
 
     subject = row["subject"].replace("_", " ")
     head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
-    examples = [shot for shot in shots if shot["subject"] == row["subject"]][:SHOTS]
+    examples = [shot for shot in shots if shot.get("subject") == row["subject"]][:SHOTS]
     context = head + "".join(f"{block(shot)} {letters[shot['gold']]}\n\n" for shot in examples) + block(row)
     return context, [f" {letter}" for letter in letters]
 
@@ -126,8 +126,10 @@ def read_rows(path, limit=None):
     """Questions of a jsonl file, `limit` of them spread over it."""
     with open(path, encoding="utf-8") as f:
         rows = [json.loads(line) for line in f if line.strip()]
-    wrong = [k for k, row in enumerate(rows, 1) if not {"question", "choices", "gold"} <= set(row)
-             or not 0 <= row["gold"] < len(row["choices"])]
+    wrong = [k for k, row in enumerate(rows, 1)
+             if not isinstance(row, dict) or not {"question", "choices", "gold"} <= set(row)
+             or not isinstance(row["gold"], int) or not 0 <= row["gold"] < len(row["choices"])
+             or not all(isinstance(choice, str) and choice.strip() for choice in row["choices"])]
     if wrong or not rows:
         raise ValueError(f"{path}: line {wrong[0] if wrong else 1} is not a question with choices and gold")
     return rows[::max(1, len(rows) // limit)][:limit] if limit else rows

@@ -183,6 +183,8 @@ def main(arguments):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
+    if max(args.clusters, args.codes) > 2 ** 15:
+        raise ValueError("shards hold codes in 16 bits: 32,768 clusters, or codes of a level, are the most")
     paths = None
     if args.manifest:
         manifest = Manifest(args.manifest)

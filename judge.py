@@ -132,6 +132,8 @@ def main(arguments):
         if row["audio"] and row["text"] and len(wavs) < args.n:
             wavs.append(read_utterance(row, 30.0))
             texts.append(row["text"])
+    if not wavs:
+        raise ValueError(f"{args.manifest} has no utterance with audio and text")
     torch.set_num_threads(os.cpu_count())
     whisper, missing = open_whisper(args.whisper) if args.whisper else (None, None)
     for name, value in judge_sound(Tokenizer.load(args.tokenizer), wavs, texts, whisper).items():

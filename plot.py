@@ -86,7 +86,7 @@ def plot_curves(run):
         draw(losses, rows, name, color=f"C{i}", alpha=0.6, label=name)
         for key in held:
             if key.split()[-1] == name:
-                draw(losses, rows, key, held_out=True, color=f"C{i}", marker=markers[key.split()[0]],
+                draw(losses, rows, key, held_out=True, color=f"C{i}", marker=markers.get(key.split()[0], "."),
                      markersize=3, label=f"{key}, held out")
     losses.set(ylabel="loss, nats per token")
     draw(rate, rows, "lr", color="#888888")

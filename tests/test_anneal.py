@@ -11,7 +11,7 @@ from anneal import annealing_settings
 from checkpoint import load_model
 from config import Config, load_config
 from data import Dataset, Loader
-from interleave import speech_frames, undelay
+from interleave import speech_frames
 from tokenize_text import TextTokenizer
 
 
@@ -76,10 +76,9 @@ def test_utterances_that_follow_each_other_are_joined(tiny_data):
     assert (tokens[3:3 + len(speech)] == speech).all()
     ids = tokens[(tokens[:, 0] >= dataset.vocab.text_start), 0] - dataset.vocab.text_start
     assert tokenizer.decode(ids) == " ".join(dataset.info["text"][k] for k in members)
-    inside = {tuple(row) for k in members for row in dataset[k][0].tolist()}
+    inside = {dataset[k][0][s:s + 20].tobytes() for k in members for s in range(len(dataset[k][0]))}
     prompts = [dataset.draw_prompt(i, 20, np.random.default_rng(s), members) for s in range(9)]
-    assert any(tuple(row) not in inside for prompt in prompts for row in prompt.tolist())
-    assert undelay(loader.batch(0).tokens[0]).shape[1] == dataset.vocab.n_stream
+    assert not any(prompt.tobytes() in inside for prompt in prompts), "the voice prompt is from elsewhere"
 
 
 def test_a_curriculum_comes_first_and_one_folder_at_a_time(tiny_data, tiny_flags, tmp_path):

@@ -27,7 +27,9 @@ def test_flags_win_over_the_file(tmp_path):
     ("--max_steps", "write --max_steps=value"), ("configs/none.py", "no config file"),
     ("--splice_frames=500 --recombine_frames=500", "set one of them to 0"),
     ("--guidance=2 --mixture={'tts':1}", "a little of the task speech"), ("--save_every=0", "1 at least"),
-    ("--mixture={'asr':0}", "no task has a weight"), ("--top_k=0", "top_k is 1 at least"),
+    ("--mixture={'asr':0}", "no task has a weight"), ("--mixture={'asr':'1'}", "takes a number"),
+    ("--datasets={'a':2,'b':-1}", "takes a number"), ("--n_head=0", "1 at least"),
+    ("--top_k=0", "top_k is 1 at least"),
     ("--semantic_asr=True --token_streams=acoustic", "leaves out")])
 def test_wrong_settings_name_the_way_out(flag, message):
     with pytest.raises(ValueError, match=message):

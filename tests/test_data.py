@@ -41,7 +41,6 @@ def test_workers_shares_make_up_the_global_batch(loader):
 
 
 def test_rows_are_nearly_full_and_keep_documents_apart(loader):
-    used = []
     for step in range(20):
         batch = loader.batch(step)
         for row, lengths in enumerate(batch.lengths):
@@ -56,8 +55,6 @@ def test_rows_are_nearly_full_and_keep_documents_apart(loader):
                 last = batch.targets[row, start + length - 1]
                 assert (batch.weight[row, start + length - 1] > 0).equal(last > 0)
                 start += length
-        filled = 1 - batch.tokens.eq(0).all(-1).float().mean()
-        used.append((batch.weight > 0).any(-1).float().mean() / filled)
     plans = [sum(loader.length(task, members) for row in loader.plan(step) for task, members, _ in row)
              for step in range(20)]
     assert np.mean(plans) > 0.9 * 4 * 768
