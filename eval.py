@@ -42,29 +42,31 @@ from wer import capped_rate, comparable, error_report, interval, open_whisper, w
 
 def pick_utterances(dataset, limit, join=1):
     """What is tested: [[utterance, ...]], at most `limit` groups of `join` each, which are heard, or spoken,
-    as one; all have speech and text. Alone they are the first ones; joined, each group is of one speaker,
-    the first of each first."""
+    as one; all have speech and text. Alone they are spread over the whole data, since corpora come speaker by
+    speaker; joined, each group is of one speaker, the first of each first."""
     if join < 1:
         raise ValueError(f"join={join}: one utterance is the least")
     paired, groups = dataset.paired(), []
     if join == 1:
-        return [[i] for i in paired[:limit].tolist()]
+        n = min(limit, len(paired))
+        return [[i] for i in paired[np.arange(n) * len(paired) // max(n, 1)].tolist()]
     for speaker in np.unique(dataset.index[paired, 4]):
         mine = paired[dataset.index[paired, 4] == speaker].tolist()
         groups += [(k, mine[k:k + join]) for k in range(0, len(mine) - join + 1, join)]
     return [group for _, group in sorted(groups)][:limit]
 
 
-def suffix(join):
-    """What the files of a test on joined utterances have behind their names: "", or "_join3"."""
-    return f"_join{join}" if join > 1 else ""
+def suffix(join, beam):
+    """What the files of tests on joined utterances, or by a beam, have behind their names: "" or "_join3"."""
+    return (f"_join{join}" if join > 1 else "") + (f"_beam{beam}" if beam > 1 else "")
 
 
-def evaluate_asr(speaker, dataset, groups):
+def evaluate_asr(speaker, dataset, groups, beam=1):
     if not groups or not speaker.config.mixture.get("asr"):
         return {"wer": None, "n": 0}, []
     references = [" ".join(dataset.info["text"][i] for i in group) for group in groups]
-    hypotheses = speaker.transcribe([np.concatenate([dataset[i][0] for i in group]) for group in groups])
+    codes = [np.concatenate([dataset[i][0] for i in group]) for group in groups]
+    hypotheses = speaker.transcribe(codes, beam=beam)
     return error_report(references, hypotheses) | {"n": len(groups)}, list(zip(references, hypotheses))
 
 
@@ -183,11 +185,11 @@ def find_data(speaker, folder=None):
 
 
 def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto", best=1, n=None, join=1,
-             guidance=None):
+             guidance=None, beam=1):
     """Measure everything, write results.json, wavs and curves.png into the run's folder; returns results.
     n: utterances of each test, and guidance of synthesis, instead of what the run's configuration says.
-    join: so many utterances of a speaker as one, long one; then the files are results_join3.json and so on,
-    and the curves stay as they are."""
+    join: so many utterances of a speaker as one, long one. beam: recognition keeps so many hypotheses. Then
+    the files are results_join3.json, results_beam4.json and so on, and the curves stay as they are."""
     began, speaker = time.time(), Speaker(run, quant=quant, dtype=dtype)
     run, c = speaker.run, speaker.config
     data = find_data(speaker, data)
@@ -195,14 +197,14 @@ def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto", best=1
         c.eval_utterances = c.tts_utterances = n
     c.guidance = c.guidance if guidance is None else guidance
     check_sampling(c)
-    c.max_speech_s, joined = c.max_speech_s * join, suffix(join)
+    c.max_speech_s, joined = c.max_speech_s * join, suffix(join, beam)
     seen, unseen = (Dataset(data, split, token_streams=c.token_streams) for split in ("seen", "unseen"))
     for dataset in (seen, unseen):
         dataset.vocab = same_vocab(dataset.vocab, speaker.vocab, run)
     results, transcripts = {"asr": {}}, {}
     for name, dataset in (("seen", seen), ("unseen", unseen)):
         results["asr"][name], transcripts[f"asr_{name}"] = evaluate_asr(
-            speaker, dataset, pick_utterances(dataset, c.eval_utterances, join))
+            speaker, dataset, pick_utterances(dataset, c.eval_utterances, join), beam)
     voices = unseen if len(unseen.paired()) else seen
     whisper, missing = open_whisper(whisper_folder) if whisper_folder else (None, None)
     groups = pick_utterances(voices, c.tts_utterances, join)
@@ -224,7 +226,7 @@ def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto", best=1
     results["parameters"] = sum(p.numel() for p in speaker.model.parameters())
     for name, content in (("results", results), ("transcripts", transcripts)):
         write_file(f"{run}/{name}{joined}.json", json.dumps(content, indent=1))
-    if join == 1:
+    if not joined:
         note_error_rates(run, speaker.state, results)
         plot_curves(run)
     return results
@@ -284,13 +286,13 @@ def table(results):
     return "\n".join(lines)
 
 
-def compare(first, second, n=2000, join=1):
+def compare(first, second, n=2000, join=1, beam=1):
     """Two evaluated runs on the same texts, utterance by utterance -> lines: WER of both and the difference,
     with its 95 % interval by a bootstrap that draws the same utterances for both."""
-    lines, read, joined = [], [], suffix(join)
+    lines, read, joined = [], [], suffix(join, beam)
     for run in (first, second):
         if not os.path.exists(f"{run}/transcripts{joined}.json"):
-            raise ValueError(f"{run} is not evaluated yet: python eval.py {run} --join={join}")
+            raise ValueError(f"{run} is not evaluated yet: python eval.py {run} --join={join} --beam={beam}")
         with open(f"{run}/transcripts{joined}.json") as f:
             read.append(json.load(f))
     for part in read[0]:
@@ -317,6 +319,7 @@ def main(arguments):
     parser.add_argument("--data", help="folder of prepared data (default: those of the training)")
     parser.add_argument("--n", type=int, help="utterances of each test (default: as in the configuration)")
     parser.add_argument("--join", type=int, default=1, help="so many utterances of a speaker as a long one")
+    parser.add_argument("--beam", type=int, default=1, help="ASR: keep so many hypotheses (1: greedy)")
     parser.add_argument("--best", type=int, default=1, help="TTS again by the best of so many samples")
     parser.add_argument("--guidance", type=float, help="of synthesis (default: as in the configuration)")
     parser.add_argument("--voice", action="store_true", help="voice similarity, DNSMOS, pitch and rate too")
@@ -340,10 +343,10 @@ def main(arguments):
         print(path)
         return 0
     if args.compare:
-        print(compare(args.run, args.compare, join=args.join))
+        print(compare(args.run, args.compare, join=args.join, beam=args.beam))
         return 0
     found = evaluate(args.run, args.whisper, args.data, args.quant, args.dtype, args.best, args.n,
-                     args.join, args.guidance)
+                     args.join, args.guidance, args.beam)
     print(table(found))
     return max(3 if found["not_available"] else 0, *(further(script, args) for script in ("voice", "text")))
 

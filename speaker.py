@@ -86,20 +86,22 @@ class Speaker:
         return text_frames(self.vocab, self.text_tokenizer.encode(text))
 
     def recognise(self, codes, batch=50, beam=1):
-        """Greedy or by a beam: [codes (T, N)] -> [(text, of at most T / 2 + 8 tokens, ended)]."""
+        """Greedy or by a beam: [codes (T, N)] -> [(text, ended)]. Letters are some 15 a second; a text that
+        goes on and on, mostly in circles, is cut at 25: T / 2 + 8 of them, and as many tokens."""
         order, read = sorted(range(len(codes)), key=lambda i: len(codes[i])), [None] * len(codes)
         for start in range(0, len(order), batch):
             part = order[start:start + batch]
             speech = [speech_frames(self.vocab, codes[i], self.config.semantic_asr) for i in part]
             prefixes = [generation_prefix(self.vocab, "asr", {"speech": frames}) for frames in speech]
-            limits = [len(codes[i]) // 2 + 8 for i in part]     # 25 a second: letters are some 15
+            limits = [len(codes[i]) // 2 + 8 for i in part]
             if beam > 1:
                 found = [beam_search(self.model, self.vocab, prefix, TEXT, limit, beam)
                          for prefix, limit in zip(prefixes, limits)]
             else:
                 found = generate(self.model, self.vocab, prefixes, TEXT, limits)
-            for i, (frames, ended) in zip(part, found):
-                read[i] = self.text(frames), ended
+            for i, limit, (frames, ended) in zip(part, limits, found):
+                text = self.text(frames)
+                read[i] = (text if ended else text[:limit]), ended
         return read
 
     def transcribe(self, codes, **options):

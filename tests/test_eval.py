@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, run_here
 
 from data import Dataset
-from eval import compare, note_error_rates, pick_utterances
+from eval import compare, evaluate, note_error_rates, pick_utterances
 from plot import read_run
 from wer import (
     capped_rate,
@@ -67,8 +67,21 @@ def test_two_runs_are_compared_utterance_by_utterance(tmp_path):
     near, far = compare(run["a"], run["b"]).splitlines()[0], compare(run["a"], run["c"]).splitlines()[0]
     assert "8.3 % and 8.8 %, difference +0.4" in near and "within chance" in near
     assert "difference +14.6" in far and "clear" in far
-    with pytest.raises(ValueError, match="not evaluated yet"):
-        compare(run["a"], str(tmp_path))
+    with pytest.raises(ValueError, match="not evaluated yet: .* --join=1 --beam=4"):
+        compare(run["a"], run["b"], beam=4)
+
+
+def test_other_ways_of_decoding_have_files_of_their_own(tiny_run, tmp_path):
+    """So a beam, or long speech, overwrites neither what greedy decoding gave nor its curve."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    before = {name: os.path.exists(f"{run}/{name}") and open(f"{run}/{name}").read()
+              for name in ("results.json", "wer.jsonl")}
+    found = evaluate(str(run), n=2, beam=2)
+    with open(f"{run}/results_beam2.json") as f:
+        assert json.load(f)["asr"]["unseen"]["wer"] == found["asr"]["unseen"]["wer"]
+    assert found["asr"]["unseen"]["n"] == 2 and os.path.exists(f"{run}/transcripts_beam2.json")
+    for name, content in before.items():
+        assert (os.path.exists(f"{run}/{name}") and open(f"{run}/{name}").read()) == content
 
 
 def test_utterances_of_a_speaker_are_tested_as_one_long_one():
@@ -80,7 +93,8 @@ def test_utterances_of_a_speaker_are_tested_as_one_long_one():
     dataset = SimpleNamespace(index=index, paired=lambda: Dataset.paired(dataset))
     assert pick_utterances(dataset, 9, 2) == [[0, 2], [1, 3], [5, 7]]
     assert pick_utterances(dataset, 2, 3) == [[0, 2, 5], [1, 3, 6]] and not pick_utterances(dataset, 9, 5)
-    assert pick_utterances(dataset, 99) == [[k] for k in range(8)] and len(pick_utterances(dataset, 3)) == 3
+    assert pick_utterances(dataset, 99) == [[k] for k in range(8)] and pick_utterances(dataset, 0) == []
+    assert pick_utterances(dataset, 3) == [[0], [2], [5]], "not the first three: corpora come by speaker"
     with pytest.raises(ValueError, match="one utterance is the least"):
         pick_utterances(dataset, 9, 0)
 

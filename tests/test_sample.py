@@ -227,6 +227,20 @@ def test_batches_decode_like_single_utterances(tiny_run, tiny_data):
     assert speaker.transcribe_wavs(wavs) == [read for wav in wavs for read in speaker.transcribe_wavs([wav])]
 
 
+def test_a_text_that_goes_in_circles_is_cut_at_what_one_can_say_in_the_time(tiny_run, tiny_data, monkeypatch):
+    """25 letters a second, though a token of a base LLM has several; one that ends by itself stays whole."""
+    codes, ended = [Dataset(tiny_data, "seen")[i][0] for i in range(2)], [False, True]
+    speaker = Speaker(tiny_run)
+    monkeypatch.setattr("speaker.generate", lambda model, vocab, prefixes, modality, limits: [
+        (np.zeros((limit, 9), int), end) for limit, end in zip(limits, ended)])
+    monkeypatch.setattr(speaker, "text", lambda frames: "and on " * len(frames))
+    order = sorted(range(2), key=lambda i: len(codes[i]))
+    read = speaker.recognise(codes)
+    assert [read[i][1] for i in order] == ended
+    assert len(read[order[0]][0]) == len(codes[order[0]]) // 2 + 8
+    assert len(read[order[1]][0]) == 7 * (len(codes[order[1]]) // 2 + 8)
+
+
 def test_bfloat16_halves_the_weights_and_reads_about_the_same(tiny_run, tiny_data):
     models = {dtype: Speaker(tiny_run, dtype=dtype) for dtype in ("float32", "bfloat16")}
     bytes_of = {dtype: sum(p.nbytes for p in speaker.model.parameters()) for dtype, speaker in models.items()}
