@@ -159,6 +159,11 @@ def audio_files(folder):
             for path in sorted(glob.glob(f"{folder}/**/*", recursive=True)) if path.endswith(AUDIO)}
 
 
+def name_below(folder, path):
+    """folder/a/b.wav -> "a-b": files of one name in different folders are different recordings."""
+    return os.path.splitext(os.path.relpath(path, folder))[0].replace(os.sep, "-")
+
+
 def librispeech(folder):
     """speaker/chapter/*.trans.txt, a line "id TEXT" for each audio file beside it."""
     for trans in sorted(glob.glob(f"{folder}/**/*.trans.txt", recursive=True)):
@@ -234,17 +239,19 @@ def kaldi(folder):
 
 def speech(folder):
     """Audio files without transcripts; whoever speaks, each is taken for a speaker of its own."""
-    for name, path in audio_files(folder).items():
-        yield name, path, "-", name
+    for path in sorted(glob.glob(f"{folder}/**/*", recursive=True)):
+        if path.endswith(AUDIO):
+            yield name_below(folder, path), path, "-", name_below(folder, path)
 
 
 def text(path):
     """Text alone, a file or all in a folder: .txt (documents between empty lines, or else one a line), .jsonl
     and .parquet with a field or column `text`. Documents are cut into passages of 300 words."""
+    folder = os.path.dirname(path) if os.path.isfile(path) else path
     paths = [path] if os.path.isfile(path) else sorted(glob.glob(f"{path}/**/*", recursive=True))
     for path in paths:
         if path.endswith(TEXT):
-            name = os.path.splitext(os.path.basename(path))[0]
+            name = name_below(folder or ".", path)
             for number, document in enumerate(documents(path)):
                 words = str(document or "").encode(errors="ignore").decode().split()    # null; half an emoji
                 for start in range(0, len(words), PASSAGE):

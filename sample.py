@@ -100,7 +100,7 @@ def main(arguments):
     parser.add_argument("task", choices=["asr", "tts", "continue", "text"])
     parser.add_argument("input", nargs="+", help="audio files, or the text; - reads lines from stdin")
     parser.add_argument("--prompt", help="tts: a recording of the voice to speak in, a second or more")
-    parser.add_argument("--out", default="out.wav", help="tts, continue: the wav, or of several the folder")
+    parser.add_argument("--out", help="tts, continue: the wav (out.wav), or of several the folder (samples)")
     parser.add_argument("--temperature", type=float, help="of text and semantic tokens (default: the run's)")
     parser.add_argument("--acoustic_temperature", type=float, help="of the acoustic tokens")
     parser.add_argument("--top_k", type=int)
@@ -131,8 +131,6 @@ def main(arguments):
     if args.task == "asr":
         return transcribe_files(speaker, lines, args)
     if args.task == "continue":
-        if len(lines) > 1 and os.path.splitext(args.out)[1]:
-            raise ValueError(f"--out={args.out} is one wav, for {len(lines)} files: name a folder")
         return say_all(speaker, lines, from_stdin or len(lines) > 1, args,
                        lambda path: continue_file(speaker, read(path), generator))
     texts = lines if from_stdin else [" ".join(lines)]
@@ -146,7 +144,8 @@ def main(arguments):
         return None
     prompt = read(args.prompt) if args.prompt else None
     if args.stream:
-        return write_stream(args.out, speaker.synthesise_stream(" ".join(texts), prompt, generator))
+        pieces = speaker.synthesise_stream(" ".join(texts), prompt, generator)
+        return write_stream(args.out or "out.wav", pieces)
     whisper, missing = open_whisper(args.whisper) if args.whisper else (None, None)
     if missing:
         raise ValueError(missing)
@@ -183,18 +182,21 @@ def continue_file(speaker, codes, generator):
 def say_all(speaker, inputs, several, args, say):
     """say(input) -> (wav (n,), about) for each: into the wav args.out, or, `several`, into that folder, with
     samples.jsonl about each."""
+    out = args.out or ("samples" if several else "out.wav")
+    if several and os.path.splitext(out)[1]:
+        raise ValueError(f"--out={out} is one wav, for several: name a folder")
     for number, given in enumerate(inputs):
-        path = args.out
+        path = out
         if several:
-            os.makedirs(args.out, exist_ok=True)
-            path = f"{args.out}/{number:04d}.wav"
+            os.makedirs(out, exist_ok=True)
+            path = f"{out}/{number:04d}.wav"
         wav, about = say(given)
         save_audio(path, wav)
         about |= {"wav": path, "text" if args.task == "tts" else "audio": given, "prompt": args.prompt,
                   "seconds": len(wav) / Tokenizer.sample_rate}
         line = json.dumps(about, ensure_ascii=False)
         if several:
-            with open(f"{args.out}/samples.jsonl", "a" if number else "w", encoding="utf-8") as f:
+            with open(f"{out}/samples.jsonl", "a" if number else "w", encoding="utf-8") as f:
                 f.write(line + "\n")
         ended = "ended by itself" if about["ended"] else f"{CUT} (at most {speaker.config.max_speech_s:g} s)"
         if about.get("wrong") is not None:

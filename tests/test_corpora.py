@@ -112,6 +112,18 @@ def test_a_manifest_stays_on_disk(tmp_path):
     assert row["id"] == "u7", "a part of it knows its own rows"
 
 
+def test_files_of_one_name_in_two_folders_are_two(tmp_path):
+    """Recorders number from 1 each day: none may take another's place, or be rejected as its double."""
+    for day in ("monday", "tuesday"):
+        (tmp_path / day).mkdir()
+        (tmp_path / day / "01.wav").write_text("")
+        (tmp_path / day / "01.txt").write_text(f"said on {day}\n")
+    spoken, written = (list(read_corpus(f"{layout}:train:{tmp_path}")) for layout in ("speech", "text"))
+    assert [row["id"] for row in spoken] == ["monday-01", "tuesday-01"]
+    assert [row["audio"] for row in spoken] == [str(tmp_path / f"{row['id'][:-3]}/01.wav") for row in spoken]
+    assert len({row["id"] for row in written}) == 2
+
+
 def test_texts_become_passages(tmp_path):
     (tmp_path / "book.txt").write_text("One line\nof a paragraph.\n\nAnother.\n")
     (tmp_path / "lines.txt").write_text("First.\nSecond.\n")

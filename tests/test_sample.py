@@ -340,6 +340,7 @@ def test_the_command_line_speaks_and_listens(tiny_run, tiny_data, tmp_path, monk
     assert not np.array_equal(wav, soundfile.read(out)[0])
     for arguments, message in ((("tts", "one"), "without a voice prompt"),
                                (("asr", "none.wav"), "no such file"),
+                               (("continue", voice, voice, "--out", out), "name a folder"),
                                (("tts", " ", "--prompt", voice), "text is empty")):
         code, _, complaint = call(*arguments)
         assert code == 2 and message in complaint
