@@ -42,14 +42,14 @@ from wer import capped_rate, comparable, error_report, interval, open_whisper, w
 
 def pick_utterances(dataset, limit, join=1):
     """What is tested: [[utterance, ...]], at most `limit` groups of `join` each, which are heard, or spoken,
-    as one; all have speech and text. Alone they are spread over the whole data, since corpora come speaker by
-    speaker; joined, each group is of one speaker, the first of each first."""
+    as one; all have speech and text. Alone they are drawn, always the same ones, as corpora come speaker by
+    speaker, or speakers take turns; joined, each group is of one speaker, the first of each first."""
     if join < 1:
         raise ValueError(f"join={join}: one utterance is the least")
     paired, groups = dataset.paired(), []
     if join == 1:
-        n = min(limit, len(paired))
-        return [[i] for i in paired[np.arange(n) * len(paired) // max(n, 1)].tolist()]
+        drawn = np.random.default_rng(0).permutation(len(paired))[:limit]
+        return [[i] for i in np.sort(paired[drawn]).tolist()]
     for speaker in np.unique(dataset.index[paired, 4]):
         mine = paired[dataset.index[paired, 4] == speaker].tolist()
         groups += [(k, mine[k:k + join]) for k in range(0, len(mine) - join + 1, join)]
