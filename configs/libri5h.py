@@ -1,6 +1,6 @@
-# Recognition of real speech in two hours of two cores with bf16: SmolLM2-135M, Whisper-base's encoder, k-means,
-# four hours of LibriSpeech and five of synthetic voices. docs/real_run.md has the commands that make its data,
-# and what came of it.
+# Recognition of real speech in two hours of two cores with bf16: SmolLM2-135M, Whisper-base's encoder,
+# k-means, four hours of LibriSpeech and five of synthetic voices. docs/real_run.md has the commands that make
+# its data, and what came of it.
 parent = "135m.py"
 out_dir = "out/libri5h"
 lower = True                # LibriSpeech is all capitals, which SmolLM2 reads badly
