@@ -24,7 +24,7 @@ from tqdm import tqdm
 from checkpoint import same_vocab
 from config import synthesis_task
 from data import Dataset
-from eval import find_data
+from eval import find_data, pick_utterances
 from script import run_script
 from speaker import Speaker
 from tokenize_audio import SAMPLE_RATE
@@ -118,7 +118,7 @@ def speak(speaker, dataset, n, seed=0):
     """n texts of the dataset in the voice of another utterance of the same speaker -> prompts [wav], groups
     as of `measure_voices`, and the share that ended by itself."""
     paired = dataset.paired()
-    chosen, who = paired[:n].tolist(), dataset.index[paired, 4]
+    chosen, who = [i for [i] in pick_utterances(dataset, n)], dataset.index[paired, 4]
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     prompts = [dataset.draw_prompt(i, speaker.config.prompt_len, rng) for i in chosen]
     strangers = [int(rng.choice(paired[who != dataset.index[i, 4]])) for i in chosen]
