@@ -153,10 +153,13 @@ def lines(path):
         return [line.rstrip("\n") for line in f if line.strip()]
 
 
+def files_below(folder, endings):
+    return [path for path in sorted(glob.glob(f"{folder}/**/*", recursive=True)) if path.endswith(endings)]
+
+
 def audio_files(folder):
     """{name without folder and extension: path} of all audio below a folder."""
-    return {os.path.splitext(os.path.basename(path))[0]: path
-            for path in sorted(glob.glob(f"{folder}/**/*", recursive=True)) if path.endswith(AUDIO)}
+    return {os.path.splitext(os.path.basename(path))[0]: path for path in files_below(folder, AUDIO)}
 
 
 def name_below(folder, path):
@@ -239,23 +242,23 @@ def kaldi(folder):
 
 def speech(folder):
     """Audio files without transcripts; whoever speaks, each is taken for a speaker of its own."""
-    for path in sorted(glob.glob(f"{folder}/**/*", recursive=True)):
-        if path.endswith(AUDIO):
-            yield name_below(folder, path), path, "-", name_below(folder, path)
+    for path in files_below(folder, AUDIO):
+        name = name_below(folder, path)
+        yield name, path, "-", name
 
 
 def text(path):
     """Text alone, a file or all in a folder: .txt (documents between empty lines, or else one a line), .jsonl
     and .parquet with a field or column `text`. Documents are cut into passages of 300 words."""
-    folder = os.path.dirname(path) if os.path.isfile(path) else path
-    paths = [path] if os.path.isfile(path) else sorted(glob.glob(f"{path}/**/*", recursive=True))
+    folder, paths = path, files_below(path, TEXT)
+    if os.path.isfile(path):
+        folder, paths = os.path.dirname(path) or ".", [path] if path.endswith(TEXT) else []
     for path in paths:
-        if path.endswith(TEXT):
-            name = name_below(folder or ".", path)
-            for number, document in enumerate(documents(path)):
-                words = str(document or "").encode(errors="ignore").decode().split()    # null; half an emoji
-                for start in range(0, len(words), PASSAGE):
-                    yield f"{name}-{number}-{start}", "-", " ".join(words[start:start + PASSAGE]), "-"
+        name = name_below(folder, path)
+        for number, document in enumerate(documents(path)):
+            words = str(document or "").encode(errors="ignore").decode().split()    # null; half an emoji
+            for start in range(0, len(words), PASSAGE):
+                yield f"{name}-{number}-{start}", "-", " ".join(words[start:start + PASSAGE]), "-"
 
 
 def documents(path):

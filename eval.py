@@ -197,7 +197,7 @@ def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto", best=1
         c.eval_utterances = c.tts_utterances = n
     c.guidance = c.guidance if guidance is None else guidance
     check_sampling(c)
-    c.max_speech_s, joined = c.max_speech_s * join, suffix(join, beam)
+    c.max_speech_s, ending = c.max_speech_s * join, suffix(join, beam)
     seen, unseen = (Dataset(data, split, token_streams=c.token_streams) for split in ("seen", "unseen"))
     for dataset in (seen, unseen):
         dataset.vocab = same_vocab(dataset.vocab, speaker.vocab, run)
@@ -209,7 +209,7 @@ def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto", best=1
     whisper, missing = open_whisper(whisper_folder) if whisper_folder else (None, None)
     groups = pick_utterances(voices, c.tts_utterances, join)
     results["tts"], transcripts["tts"] = evaluate_tts(
-        speaker, voices, groups, f"{run}/wavs{joined}", whisper, best)
+        speaker, voices, groups, f"{run}/wavs{ending}", whisper, best)
     results["not_available"] = {"TTS WER by Whisper": missing} if missing else {}
     heeds = [task for task in ("asr", synthesis_task(c)) if c.mixture.get(task)]
     results["listening"] = {task: listening(speaker, voices, task) for task in heeds}
@@ -225,8 +225,8 @@ def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto", best=1
     results["peak_memory_mb"] = record.get("peak_memory_mb")
     results["parameters"] = sum(p.numel() for p in speaker.model.parameters())
     for name, content in (("results", results), ("transcripts", transcripts)):
-        write_file(f"{run}/{name}{joined}.json", json.dumps(content, indent=1))
-    if not joined:
+        write_file(f"{run}/{name}{ending}.json", json.dumps(content, indent=1))
+    if not ending:
         note_error_rates(run, speaker.state, results)
         plot_curves(run)
     return results
@@ -289,11 +289,11 @@ def table(results):
 def compare(first, second, n=2000, join=1, beam=1):
     """Two evaluated runs on the same texts, utterance by utterance -> lines: WER of both and the difference,
     with its 95 % interval by a bootstrap that draws the same utterances for both."""
-    lines, read, joined = [], [], suffix(join, beam)
+    lines, read, ending = [], [], suffix(join, beam)
     for run in (first, second):
-        if not os.path.exists(f"{run}/transcripts{joined}.json"):
+        if not os.path.exists(f"{run}/transcripts{ending}.json"):
             raise ValueError(f"{run} is not evaluated yet: python eval.py {run} --join={join} --beam={beam}")
-        with open(f"{run}/transcripts{joined}.json") as f:
+        with open(f"{run}/transcripts{ending}.json") as f:
             read.append(json.load(f))
     for part in read[0]:
         pairs = [dict.get(part) or [] for dict in read]

@@ -74,14 +74,14 @@ def test_two_runs_are_compared_utterance_by_utterance(tmp_path):
 def test_other_ways_of_decoding_have_files_of_their_own(tiny_run, tmp_path):
     """So a beam, or long speech, overwrites neither what greedy decoding gave nor its curve."""
     run = shutil.copytree(tiny_run, tmp_path / "run")
-    before = {name: os.path.exists(f"{run}/{name}") and open(f"{run}/{name}").read()
-              for name in ("results.json", "wer.jsonl")}
+    content = lambda: [os.path.exists(run / name) and (run / name).read_text()
+                       for name in ("results.json", "wer.jsonl")]
+    before = content()
     found = evaluate(str(run), n=2, beam=2)
     with open(f"{run}/results_beam2.json") as f:
         assert json.load(f)["asr"]["unseen"]["wer"] == found["asr"]["unseen"]["wer"]
     assert found["asr"]["unseen"]["n"] == 2 and os.path.exists(f"{run}/transcripts_beam2.json")
-    for name, content in before.items():
-        assert (os.path.exists(f"{run}/{name}") and open(f"{run}/{name}").read()) == content
+    assert content() == before
 
 
 def test_utterances_of_a_speaker_are_tested_as_one_long_one():
