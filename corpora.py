@@ -48,7 +48,7 @@ class Manifest:
         offsets, splits, hashes, speakers, self.rejects = array("q"), array("b"), array("q"), set(), []
         with open(path, "rb") as f:
             if not path.endswith(".jsonl"):
-                self.header = f.readline().decode("utf-8", "replace").rstrip("\r\n").split("\t")
+                self.header = f.readline().decode("utf-8-sig", "replace").rstrip("\r\n").split("\t")
                 missing = [field for field in FIELDS if field not in self.header]
                 if missing:
                     raise ValueError(f"{path}: its header lacks {', '.join(missing)}; a manifest has the "
@@ -79,7 +79,7 @@ class Manifest:
         """A line -> dict with FIELDS, split and speed; audio is a full path, "" where there is none; None for
         an empty line. ValueError(reason) or ValueError(id, reason)."""
         try:
-            line = line.decode("utf-8").rstrip("\r\n")
+            line = line.decode("utf-8").lstrip("\ufeff").rstrip("\r\n")
         except UnicodeDecodeError:
             raise ValueError("not UTF-8") from None
         if not line.strip():
@@ -203,7 +203,8 @@ def mls(folder):
 
 
 def fleurs(folder):
-    """train.tsv and the like: id, file, raw text, text, ..., gender; audio/*/file. It names no speakers."""
+    """train.tsv and the like: id, file, raw text, text, ..., gender; audio/*/file. It names no speakers, so that
+    each file is one: its voice prompt is a part of itself, and nothing is spliced."""
     found = audio_files(folder)
     for path in sorted(glob.glob(f"{folder}/*.tsv")):
         for line in lines(path):

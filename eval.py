@@ -7,6 +7,7 @@ Sixteenth file of the reading order.
   python eval.py out/mine --choices=mmlu.jsonl  what it knows of text (eval_text.py, whose flags these are)
   python eval.py out/numbers --plot out/b       curves of both runs in out/numbers/compare.png
   python eval.py out/numbers --compare=out/b    two evaluated runs, utterance by utterance
+Flags that change what is measured, as --n or --beam, and other checkpoints and data, have files of their own.
 Everything is measured on texts that no training utterance has; "unseen" are voices that training never heard.
 Exit code 3: something was not available; the table says how to get it, and the rest of it stands.
 Synthesis is judged on its sound: the wav is tokenized again and read by the model's own recogniser, which is
@@ -36,7 +37,18 @@ from script import run_script
 from shards import write_file
 from speaker import Speaker
 from tokenize_audio import load_audio, save_audio
-from wer import capped_rate, comparable, error_report, interval, open_whisper, word_errors
+from wer import (
+    capped_rate,
+    comparable,
+    compare,
+    error_report,
+    file_ending,
+    home_of,
+    interval,
+    keep_results,
+    open_whisper,
+    rated,
+)
 
 # ---- the parts ---------------------------------------------------------------------------------------------
 
@@ -56,12 +68,8 @@ def pick_utterances(dataset, limit, join=1):
     return [group for _, group in sorted(groups)][:limit]
 
 
-def suffix(join, beam):
-    """What the files of tests on joined utterances, or by a beam, have behind their names: "" or "_join3"."""
-    return (f"_join{join}" if join > 1 else "") + (f"_beam{beam}" if beam > 1 else "")
-
-
 def evaluate_asr(speaker, dataset, groups, beam=1):
+    """-> what error_report says, [(reference, hypothesis)]."""
     if not groups or not speaker.config.mixture.get("asr"):
         return {"wer": None, "n": 0}, []
     references = [" ".join(dataset.info["text"][i] for i in group) for group in groups]
@@ -80,10 +88,11 @@ def draw_prompts(speaker, dataset, groups, rng):
 
 def evaluate_tts(speaker, dataset, groups, folder, whisper=None, best=1, seed=0):
     """Speak the texts of `groups`, prompted by another utterance of the speaker; have them read. best: and
-    again by the best of so many samples, as its own ASR hears them."""
+    again by the best of so many samples, as its own ASR hears them. -> results, transcripts, and items of
+    the model's own speech (wer.keep_results)."""
     n, c = len(groups), speaker.config
     if n == 0 or not synthesis_task(c) or c.token_streams == "semantic":    # semantic tokens have no sound
-        return {"own_asr": {"wer": None, "n": 0, "ended": None}, "whisper": None}, []
+        return {"own_asr": {"wer": None, "n": 0, "ended": None}, "whisper": None}, [], {}
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     references = [" ".join(dataset.info["text"][i] for i in group) for group in groups]
     prompts = draw_prompts(speaker, dataset, groups, rng)
@@ -96,24 +105,31 @@ def evaluate_tts(speaker, dataset, groups, folder, whisper=None, best=1, seed=0)
                              for group in groups]                           # originals, as tokenized
     read = {name: speaker.transcribe([speaker.encode(pad_short(wav)) for wav in some])
             for name, some in wavs.items()} if c.mixture.get("asr") else {}
-    own = {"wer": None, "n": n, "ended": sum(ended for _, ended in spoken) / n}
+    own, judged = {"wer": None, "n": n}, None
+    own["ended"], *own["ended_interval"] = interval([ended for _, ended in spoken])
+    items = {"TTS, ended by itself, %": [[text, 100 * ended, 1]
+                                         for text, (_, ended) in zip(references, spoken)]}
     for name, heard in read.items():
         own |= capped_rate(name, references, heard)
-    judged = None
+        if name != "resynthesised":
+            items[f"TTS {name} by own ASR, capped, %"] = rated(references, heard, cap=True)
     if whisper:
         judged = {"n": n}
         paths = [[dataset.info["audio"][i] for i in group] for group in groups]
         if all(os.path.exists(path) for group in paths for path in group):      # data from elsewhere: without
             wavs["original"] = [np.concatenate([load_audio(path) for path in group]) for group in paths]
         for name, some in wavs.items():
-            judged |= capped_rate(name, *zip(*(comparable(text, whisper.hear(wav)) for wav, text in zip(
+            pairs = list(zip(*(comparable(text, whisper.hear(wav)) for wav, text in zip(
                 tqdm(some, f"Whisper: {name}", n, mininterval=2), references))))
+            judged |= capped_rate(name, *pairs)
+            if name not in ("resynthesised", "original"):
+                items[f"TTS {name} by Whisper, capped, %"] = rated(*pairs, cap=True)
     os.makedirs(folder, exist_ok=True)
     for i in range(min(4, n)):
         said = re.sub(r"[^\w-]+", "_", references[i])[:60]
         save_audio(f"{folder}/{i}_{said}.model.wav", wavs["wer"][i])
         save_audio(f"{folder}/{i}_{said}.original.wav", wavs["resynthesised"][i])
-    return {"own_asr": own, "whisper": judged}, list(zip(references, read.get("wer", ())))
+    return {"own_asr": own, "whisper": judged}, list(zip(references, read.get("wer", ()))), items
 
 
 def pad_short(wav):
@@ -123,19 +139,18 @@ def pad_short(wav):
 
 @torch.no_grad()
 def perplexities(speaker, dataset, n_row=16):
-    """exp of the mean teacher-forced loss of each kind of token in ASR and TTS, those of them that the model
-    learned, counted where it learns -> {kind: [perplexity, low, high]}, intervals over rows of examples."""
-    c = speaker.config
-    tasks = {task: 1 for task in ("asr", synthesis_task(c)) if c.mixture.get(task)} or c.mixture
-    tasks = {task: share for task, share in tasks.items() if share > 0 and len(dataset.able(task))}
-    if not tasks:
-        return None
-    loader = Loader(dataset, replace(c, mixture=tasks, batch_rows=1, seed=0), held_out=True)
-    reports = np.array([batch_loss(speaker.model, loader.batch(row), c.softmax)[1] for row in range(n_row)])
-    losses, counts = np.split(reports, 2, 1)                                # (n_row, kinds)
-    kinds = ("text", "special", *loader.vocab.stream_names)
-    return {kind: [math.exp(nats) for nats in interval(losses[:, k], counts[:, k])]
-            for k, kind in enumerate(kinds) if counts[:, k].any()}
+    """exp of the mean teacher-forced loss of each kind of token in each task that the model learned, counted
+    where it learns -> {"asr text": [perplexity, low, high]}, intervals over rows of examples, and items."""
+    found, items, c = {}, {}, speaker.config
+    for task in (task for task, share in c.mixture.items() if share > 0 and len(dataset.able(task))):
+        loader = Loader(dataset, replace(c, mixture={task: 1.0}, batch_rows=1, seed=0), held_out=True)
+        reports = [batch_loss(speaker.model, loader.batch(row), c.softmax)[1] for row in range(n_row)]
+        losses, counts = np.split(np.array(reports), 2, 1)                  # (n_row, kinds)
+        for k, kind in enumerate(("text", "special", *loader.vocab.stream_names)):
+            if counts[:, k].any():
+                found[f"{task} {kind}"] = [math.exp(x) for x in interval(losses[:, k], counts[:, k])]
+                items[f"{task} {kind}, nats"] = list(zip(range(n_row), losses[:, k], counts[:, k]))
+    return found, items
 
 
 @torch.no_grad()
@@ -188,32 +203,38 @@ def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto", best=1
              guidance=None, beam=1):
     """Measure everything, write results.json, wavs and curves.png into the run's folder; returns results.
     n: utterances of each test, and guidance of synthesis, instead of what the run's configuration says.
-    join: so many utterances of a speaker as one, long one. beam: recognition keeps so many hypotheses. Then
-    the files are results_join3.json, results_beam4.json and so on, and the curves stay as they are."""
-    began, speaker = time.time(), Speaker(run, quant=quant, dtype=dtype)
+    join: so many utterances of a speaker as one, long one. beam: recognition keeps so many hypotheses, and
+    nothing else is measured. Of all that the files have other names (wer.file_ending)."""
+    began, speaker, (_, checkpoint) = time.time(), Speaker(run, quant=quant, dtype=dtype), home_of(run)
     run, c = speaker.run, speaker.config
+    ending = file_ending(checkpoint, data, n, join, beam, guidance, quant)
     data = find_data(speaker, data)
     if n is not None:
         c.eval_utterances = c.tts_utterances = n
     c.guidance = c.guidance if guidance is None else guidance
     check_sampling(c)
-    c.max_speech_s, ending = c.max_speech_s * join, suffix(join, beam)
+    c.max_speech_s *= join
     seen, unseen = (Dataset(data, split, token_streams=c.token_streams) for split in ("seen", "unseen"))
     for dataset in (seen, unseen):
         dataset.vocab = same_vocab(dataset.vocab, speaker.vocab, run)
-    results, transcripts = {"asr": {}}, {}
+    results, transcripts, items = {"asr": {}}, {}, {}
     for name, dataset in (("seen", seen), ("unseen", unseen)):
         results["asr"][name], transcripts[f"asr_{name}"] = evaluate_asr(
             speaker, dataset, pick_utterances(dataset, c.eval_utterances, join), beam)
+        if transcripts[f"asr_{name}"]:
+            items[f"ASR WER, {name}, %"] = rated(*zip(*transcripts[f"asr_{name}"]))
     voices = unseen if len(unseen.paired()) else seen
     whisper, missing = open_whisper(whisper_folder) if whisper_folder else (None, None)
-    groups = pick_utterances(voices, c.tts_utterances, join)
-    results["tts"], transcripts["tts"] = evaluate_tts(
+    groups = pick_utterances(voices, c.tts_utterances, join) if beam == 1 else []
+    results["tts"], transcripts["tts"], tts_items = evaluate_tts(
         speaker, voices, groups, f"{run}/wavs{ending}", whisper, best)
     results["not_available"] = {"TTS WER by Whisper": missing} if missing else {}
-    heeds = [task for task in ("asr", synthesis_task(c)) if c.mixture.get(task)]
+    heeds = [task for task in ("asr", synthesis_task(c)) if c.mixture.get(task) and beam == 1]
     results["listening"] = {task: listening(speaker, voices, task) for task in heeds}
-    results["perplexity"] = {"seen": perplexities(speaker, seen), "unseen": perplexities(speaker, unseen)}
+    results["perplexity"], items = {}, items | tts_items
+    for name, dataset in (("seen", seen), ("unseen", unseen)) if beam == 1 else ():
+        results["perplexity"][name], found = perplexities(speaker, dataset)
+        items |= {f"{kind}, {name}": rows for kind, rows in found.items()}
     record = {"seconds": {}}
     if os.path.exists(f"{run}/run.json"):           # what train.py measured of itself
         with open(f"{run}/run.json") as f:
@@ -224,9 +245,9 @@ def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto", best=1
     results["frames_per_second"] = speaker.state["frames"] / max(speaker.state["seconds"], 1e-9)
     results["peak_memory_mb"] = record.get("peak_memory_mb")
     results["parameters"] = sum(p.numel() for p in speaker.model.parameters())
-    for name, content in (("results", results), ("transcripts", transcripts)):
-        write_file(f"{run}/{name}{ending}.json", json.dumps(content, indent=1))
-    if not ending:
+    keep_results(run, ending, results, items, anew=True)
+    write_file(f"{run}/transcripts{ending}.json", json.dumps(transcripts, indent=1))
+    if ending in ("", f"_{checkpoint}"):
         note_error_rates(run, speaker.state, results)
         plot_curves(run)
     return results
@@ -264,7 +285,8 @@ def table(results):
             said, heard = found["worst"][0]
             lines.append(f"  worst: {said[:50]!r} heard as {heard[:50]!r}")
     if judged["n"]:
-        lines.append(f"TTS, n={judged['n']}, {100 * judged['ended']:.0f} % ended by themselves")
+        lines.append("TTS, n={}, {:.0f} % ({:.0f} to {:.0f}) ended by themselves".format(
+            judged["n"], *(100 * x for x in (judged["ended"], *judged["ended_interval"]))))
     for judge, found in (("own ASR", judged), ("Whisper", whisper or {"n": 0})):
         if found["n"]:
             best = [f"; {name.replace('_', ' ')} {capped(found, name)}" for name in found
@@ -279,36 +301,12 @@ def table(results):
             own, other = ("{:.2f} ({:.2f} to {:.2f})".format(found[whose], *found[f"{whose}_interval"])
                           for whose in ("own", "other"))
             lines.append(f"{what:20s} {own} after its own {after}, {other} after another's")
-    for name, values in results["perplexity"].items():
-        if values:
-            lines.append(f"perplexity, {name:6s}   " + "  ".join(
-                f"{kind} {p:.1f}±{(high - low) / 2:.1f}" for kind, (p, low, high) in values.items()))
-    return "\n".join(lines)
-
-
-def compare(first, second, n=2000, join=1, beam=1):
-    """Two evaluated runs on the same texts, utterance by utterance -> lines: WER of both and the difference,
-    with its 95 % interval by a bootstrap that draws the same utterances for both."""
-    lines, read, ending = [], [], suffix(join, beam)
-    for run in (first, second):
-        if not os.path.exists(f"{run}/transcripts{ending}.json"):
-            raise ValueError(f"{run} is not evaluated yet: python eval.py {run} --join={join} --beam={beam}")
-        with open(f"{run}/transcripts{ending}.json") as f:
-            read.append(json.load(f))
-    for part in read[0]:
-        pairs = [dict.get(part) or [] for dict in read]
-        if not pairs[0] or [r for r, _ in pairs[0]] != [r for r, _ in pairs[1]]:
-            lines.append(f"{part}: not the same texts in both" if pairs[0] or pairs[1] else f"{part}: empty")
-            continue
-        (first_errors, words), (second_errors, _) = (word_errors(*zip(*pair), cap=True) for pair in pairs)
-        errors = first_errors, second_errors
-        picked = np.random.default_rng(0).integers(len(words), size=(n, len(words)))
-        again = 100 * (errors[1] - errors[0])[picked].sum(1) / words[picked].sum(1)
-        low, high = np.percentile(again, [2.5, 97.5])
-        a, b = (100 * e.sum() / words.sum() for e in errors)
-        verdict = "clear" if low > 0 or high < 0 else "within chance"
-        lines.append(f"{part}: WER {a:.1f} % and {b:.1f} %, difference {b - a:+.1f} "
-                     f"({low:+.1f} to {high:+.1f}), {verdict}")
+    voices = next((name for name in ("unseen", "seen") if results["perplexity"].get(name)), None)
+    found = results["perplexity"].get(voices, {})
+    for task in dict.fromkeys(kind.split()[0] for kind in found):
+        lines.append(f"perplexity, {voices}, {task}: " + "  ".join(
+            f"{kind.removeprefix(task + ' ')} {p:.1f}±{(high - low) / 2:.1f}"
+            for kind, (p, low, high) in found.items() if kind.startswith(task + " ")))
     return "\n".join(lines)
 
 
@@ -343,7 +341,8 @@ def main(arguments):
         print(path)
         return 0
     if args.compare:
-        print(compare(args.run, args.compare, join=args.join, beam=args.beam))
+        ways = ("data", "n", "join", "beam", "guidance", "quant")
+        print(compare(args.run, args.compare, **{name: getattr(args, name) for name in ways}))
         return 0
     found = evaluate(args.run, args.whisper, args.data, args.quant, args.dtype, args.best, args.n,
                      args.join, args.guidance, args.beam)

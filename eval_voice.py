@@ -12,7 +12,6 @@ measures come from packages that bring their weights, a line says how to get wha
 Folder RUN/voices keeps the wavs and the wav.scp, prompt.scp, original.scp and text that VERSA takes.
 """
 import argparse
-import json
 import os
 from dataclasses import replace
 
@@ -28,7 +27,7 @@ from eval import find_data, pick_utterances
 from script import run_script
 from speaker import Speaker
 from tokenize_audio import SAMPLE_RATE
-from wer import interval
+from wer import file_ending, home_of, interval, keep_results
 
 PIP = {"resemblyzer": "pip install --no-deps resemblyzer webrtcvad-wheels; pip install librosa",
        "speechmos": "pip install --no-deps speechmos; pip install librosa onnxruntime",
@@ -97,9 +96,9 @@ def load(measure, package, missing, make, *arguments):
 
 def measure_voices(groups, prompts, embed=None, meters=()):
     """groups {name: ([wav (n,)], [text])}, prompts [wav], meters [function wav -> {measure: value}] ->
-    {name: {measure: (mean, low, high)}}."""
+    {name: {measure: (mean, low, high)}}, and items of the first group (wer.keep_results)."""
     anchors = [embed(wav) for wav in prompts] if embed else []
-    results = {}
+    results, items = {}, {}
     for name, (wavs, texts) in groups.items():
         rows = []
         for k, wav in enumerate(tqdm(wavs, name, mininterval=2)):
@@ -111,12 +110,14 @@ def measure_voices(groups, prompts, embed=None, meters=()):
                 row |= meter(wav)
             rows.append(row)
         results[name] = {measure: interval([row[measure] for row in rows]) for measure in rows[0]}
-    return results
+        items = items or {f"voice, {measure}": [[text, row[measure], 1] for text, row in zip(texts, rows)]
+                          for measure in rows[0]}
+    return results, items
 
 
 def speak(speaker, dataset, n, seed=0):
     """n texts of the dataset in the voice of another utterance of the same speaker -> prompts [wav], groups
-    as of `measure_voices`, and the share that ended by itself."""
+    as of `measure_voices`, and which ended by themselves [bool]."""
     paired = dataset.paired()
     chosen, who = [i for [i] in pick_utterances(dataset, n)], dataset.index[paired, 4]
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
@@ -129,7 +130,7 @@ def speak(speaker, dataset, n, seed=0):
     groups = {"the model": (decode([codes for codes, _ in spoken]), texts),
               "recordings, tokenized": (decode([dataset[i][0] for i in chosen]), texts),
               "another speaker": (decode([dataset[i][0] for i in strangers]), theirs)}
-    return decode(prompts), groups, float(np.mean([ended for _, ended in spoken]))
+    return decode(prompts), groups, [ended for _, ended in spoken]
 
 
 def write_versa(folder, prompts, groups):
@@ -150,7 +151,7 @@ def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
-    parser.add_argument("--n", type=int, default=40, help="texts")
+    parser.add_argument("--n", type=int, help="texts (default: 40)")
     parser.add_argument("--data", help="folder of prepared data (default: those of the training)")
     parser.add_argument("--speaker_model", help="folder of an x-vector model instead of resemblyzer")
     parser.add_argument("--utmos", metavar="FILE", help="UTMOS as TorchScript")
@@ -167,7 +168,7 @@ def main(arguments):
     if dataset is None:
         raise ValueError(f"{data} has no held-out utterances of two speakers")
     dataset.vocab = same_vocab(dataset.vocab, speaker.vocab, speaker.run)
-    prompts, groups, ended = speak(speaker, dataset, args.n)
+    prompts, groups, ended = speak(speaker, dataset, 40 if args.n is None else args.n)
     write_versa(f"{speaker.run}/voices", prompts, groups)
     missing = {}
     embed = load("similarity", "transformers" if args.speaker_model else "resemblyzer", missing,
@@ -176,16 +177,18 @@ def main(arguments):
               load("pitch", "librosa", missing, pitch_meter)]
     if args.utmos:
         meters.append(load("UTMOS", "", missing, utmos_scorer, args.utmos))
-    results = measure_voices(groups, prompts, embed, [meter for meter in meters if meter])
+    results, items = measure_voices(groups, prompts, embed, [meter for meter in meters if meter])
+    share = interval(ended)
     for name, measures in results.items():
         print(f"{name}: " + ", ".join(f"{measure} {mean:.2f} ({low:.2f} to {high:.2f})"
                                       for measure, (mean, low, high) in measures.items()))
     for measure, how in missing.items():
         print(f"{measure}: not available: {how}")
-    print(f"{len(prompts)} texts, {100 * ended:.0f} % ended by themselves; wavs and VERSA's lists in "
-          f"{speaker.run}/voices")
-    with open(f"{speaker.run}/results_voice.json", "w") as f:
-        json.dump(results | {"n": len(prompts), "ended": ended, "not_available": missing}, f, indent=1)
+    print("{} texts, {:.0f} % ({:.0f} to {:.0f}) ended by themselves; ".format(
+        len(prompts), *(100 * x for x in share)) + f"wavs and VERSA's lists in {speaker.run}/voices")
+    ending = file_ending(home_of(args.run)[1], args.data, args.n, guidance=args.guidance, quant=args.quant)
+    keep_results(speaker.run, ending, {"voice": results | {
+        "n": len(prompts), "ended": share, "step": speaker.state["step"], "not_available": missing}}, items)
     return 3 if missing else 0
 
 

@@ -104,10 +104,8 @@ def data_folder(root, settings):
 
 def read_utterance(row, max_audio_s):
     """The utterance's wav (n,) at 16 kHz. ValueError, with the reason, where it can't be used."""
-    wav = load_audio(row["audio"], row["speed"])
+    wav = load_audio(row["audio"], row["speed"], max_audio_s)
     seconds, clipped = len(wav) / Tokenizer.sample_rate, np.mean(np.abs(wav) > 0.999)
-    if seconds > max_audio_s:
-        raise ValueError(f"{row['audio']}: longer than {max_audio_s:g} s")
     if np.sqrt(np.mean(wav ** 2)) < MIN_RMS:
         raise ValueError(f"{row['audio']}: silent")
     if clipped > CLIPPED:

@@ -62,6 +62,14 @@ def export(run, folder, text_only=False):
     print(f"{folder}: {', '.join(sorted(os.listdir(folder)))}")
 
 
+def stream_all(speaker, texts, prompt, generator):
+    """Wav pieces of one text after another; returns whether all ended by themselves."""
+    ends = []
+    for text in texts:
+        ends.append((yield from speaker.synthesise_stream(text, prompt, generator)))
+    return all(ends)
+
+
 def write_stream(path, pieces):
     """Write wav pieces as they come, `-`: as bare 16-bit samples to stdout; says how long the first took, and
     how it ended, which `pieces` returns."""
@@ -112,11 +120,14 @@ def main(arguments):
     parser.add_argument("--beam", type=int, default=1, help="asr: keep so many hypotheses (1: greedy)")
     parser.add_argument("--best", type=int, default=1, help="tts: of so many samples the best, by own ASR")
     parser.add_argument("--whisper", help="tts --best: by this Whisper's ear (CTranslate2 form) instead")
-    parser.add_argument("--json", action="store_true", help="a line of json for each, but with --stream")
+    parser.add_argument("--json", action="store_true", help="a line of json for each")
     parser.add_argument("--explain", metavar="PAGE", help="asr, tts: look inside, see explain.py")
     parser.add_argument("--head", help="LAYER,HEAD whose attention that page shows (default: the best)")
     parser.add_argument("--stream", action="store_true", help="tts: write while it speaks; --out - to stdout")
     args = parser.parse_args(arguments)
+    if args.stream and (args.task != "tts" or args.best > 1 or args.whisper or args.json):
+        raise ValueError("--stream is for tts, and writes what it says at once: without --best, --whisper, "
+                         "--json")
     speaker = Speaker(args.run, quant=args.quant, dtype=args.dtype)
     for name in ("temperature", "acoustic_temperature", "top_k", "top_p", "guidance"):
         if getattr(args, name) is not None:
@@ -144,8 +155,7 @@ def main(arguments):
         return None
     prompt = read(args.prompt) if args.prompt else None
     if args.stream:
-        pieces = speaker.synthesise_stream(" ".join(texts), prompt, generator)
-        return write_stream(args.out or "out.wav", pieces)
+        return write_stream(args.out or "out.wav", stream_all(speaker, texts, prompt, generator))
     whisper, missing = open_whisper(args.whisper) if args.whisper else (None, None)
     if missing:
         raise ValueError(missing)

@@ -15,10 +15,11 @@ from decode import beam_search, generate, prepare_for_decoding, steps
 from interleave import SPEECH, TEXT, Vocab, generation_prefix, speech_codes, speech_frames, text_frames
 from tokenize_audio import Tokenizer, cut_wav
 from tokenize_text import TOKENIZER_FILES, TextTokenizer, find_folder
-from wer import comparable, edit_distance
+from wer import comparable, edit_distance, home_of
 
 FRAMES_A_LETTER = 1, 12     # speech is not shorter (50 letters a second) nor longer (4, and a second more)
-PIECE_LETTERS = 200         # longer texts are spoken piece by piece
+PIECE_LETTERS = 200         # longer texts are spoken piece by piece,
+BREATH = np.zeros(Tokenizer.sample_rate // 10, np.float32)      # with silence between
 
 
 # ---- pieces ------------------------------------------------------------------------------------------------
@@ -52,8 +53,7 @@ class Speaker:
             folder = run if beside else find_folder(self.config.init_from, TOKENIZER_FILES)
             self.text_tokenizer = TextTokenizer.load(folder)
             return
-        if not os.path.isdir(f"{run}/text_tokenizer"):
-            self.run = os.path.dirname(os.path.abspath(run))                # from a checkpoint's to its run's
+        self.run, _ = home_of(run)
         self.text_tokenizer = TextTokenizer.load(f"{self.run}/text_tokenizer")
         if os.path.isdir(f"{self.run}/audio_tokenizer"):
             self.tokenizer = t = Tokenizer.load(f"{self.run}/audio_tokenizer")
@@ -180,15 +180,24 @@ class Speaker:
         """Speech of a text of any length -> (wav (m,), {"ended", "wrong"}): in pieces, a breath between."""
         pieces = cut_text(text) or [text]
         best, wrong = self.synthesise_best(pieces, [prompt] * len(pieces), n, generator, whisper)
-        breath, wavs = np.zeros(Tokenizer.sample_rate // 10, np.float32), []
+        wavs = []
         for codes, _ in best:
-            wavs += [self.decode(codes), breath]
+            wavs += [self.decode(codes), BREATH]
         return np.concatenate(wavs[:-1]), {"ended": all(ended for _, ended in best),
                                            "wrong": wrong and float(np.mean(wrong))}
 
-    def synthesise_stream(self, text, prompt, generator=None, chunk=25, overlap=6):
-        """Yields wav pieces (n,) at 16 kHz while it decodes: every `chunk` frames what is certain by then.
-        Returns whether it ended by itself.
+    def synthesise_stream(self, text, prompt, generator=None, **options):
+        """Yields speech of a text of any length, wav pieces (n,) at 16 kHz, while it decodes. Returns whether
+        all of it ended by itself."""
+        ends = []
+        for part in cut_text(text) or [text]:
+            if ends:
+                yield BREATH
+            ends.append((yield from self.stream_part(part, prompt, generator, **options)))
+        return all(ends)
+
+    def stream_part(self, text, prompt, generator, chunk=25, overlap=6):
+        """One part of it: every `chunk` frames what is certain by then.
 
         Where the codec goes on by itself, pieces fit. Else one is decoded with `overlap` frames of the one
         before, into which it is faded, since phases do not fit at a border. Frame t is complete

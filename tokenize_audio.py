@@ -28,15 +28,20 @@ SEMANTIC_DIM = 24
 VERSION = 1
 
 
-def load_audio(path, speed=1.0):
+def load_audio(path, speed=1.0, longest=None):
     """Audio file of any rate and channels, played `speed` times as fast -> mono float32 (n,) at 16 kHz.
-    ValueError says what is wrong."""
+    ValueError says what is wrong; of what has more than `longest` seconds it says so, and reads no more."""
     if not os.path.exists(path):
         raise ValueError(f"{path}: no such file")
     try:
-        wav, sr = soundfile.read(path, dtype="float32", always_2d=True)
+        with soundfile.SoundFile(path) as f:
+            sr = f.samplerate
+            most = -1 if longest is None else int((longest * speed + 1) * sr)
+            wav = f.read(most, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, TypeError) as error:             # TypeError: a name that ends in .raw
         raise ValueError(f"{path}: not readable as audio ({error})") from None
+    if longest is not None and len(wav) > longest * speed * sr:
+        raise ValueError(f"{path}: longer than {longest:g} s")
     return to_mono_16k(wav, sr * speed, path)
 
 

@@ -138,3 +138,13 @@ def test_texts_become_passages(tmp_path):
     import pyarrow
     parquet.write_table(pyarrow.table({"text": ["from a table"]}), tmp_path / "t.parquet")
     assert [row["text"] for row in read_corpus(f"text:train:{tmp_path}/t.parquet")] == ["from a table"]
+
+
+def test_a_manifest_may_begin_with_a_byte_order_mark(tmp_path):
+    """Spreadsheets on Windows write one; it is no part of the first field's name, of either form."""
+    (tmp_path / "m.tsv").write_text("id\taudio\ttext\tspeaker\nu1\t-\tone\ts\n", encoding="utf-8-sig")
+    row = {"id": "u1", "audio": "-", "text": "one", "speaker": "s"}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8-sig")
+    for name in ("m.tsv", "m.jsonl"):
+        found = Manifest(str(tmp_path / name))
+        assert [row["id"] for row in found.rows([0])] == ["u1"] and not found.rejects

@@ -11,15 +11,19 @@ import pytest
 from conftest import ROOT, run_here
 
 from data import Dataset
-from eval import compare, evaluate, note_error_rates, pick_utterances
+from eval import evaluate, note_error_rates, pick_utterances
 from plot import read_run
 from wer import (
     capped_rate,
     comparable,
+    compare,
     edit_counts,
     edit_distance,
     error_report,
+    file_ending,
     interval,
+    keep_results,
+    rated,
     spell_out,
     word_error_rate,
 )
@@ -57,31 +61,41 @@ def test_errors_are_told_apart_and_have_an_interval():
 
 
 def test_two_runs_are_compared_utterance_by_utterance(tmp_path):
+    """With whatever both have measured of the same: error rates, and anything else with a value of each."""
     texts, run = [f"one two three {k}" for k in range(60)], {}
     for name, wrong in (("a", 20), ("b", 21), ("c", 55)):
         heard = [text.replace("two", "new") if k < wrong else text for k, text in enumerate(texts)]
         run[name] = str(tmp_path / name)
         os.makedirs(run[name])
-        with open(f"{run[name]}/transcripts.json", "w") as f:
-            json.dump({"asr_unseen": list(zip(texts, heard)), "tts": []}, f)
-    near, far = compare(run["a"], run["b"]).splitlines()[0], compare(run["a"], run["c"]).splitlines()[0]
-    assert "8.3 % and 8.8 %, difference +0.4" in near and "within chance" in near
-    assert "difference +14.6" in far and "clear" in far
-    with pytest.raises(ValueError, match="not evaluated yet: .* --join=1 --beam=4"):
+        likeness = [[text, 0.5 + wrong / 100 + k % 7 / 10, 1] for k, text in enumerate(texts)]
+        keep_results(run[name], "", {}, {"ASR WER": rated(texts, heard), "likeness": likeness}, anew=True)
+        keep_results(run[name], "", {"later": 1}, {name: [[0, 1, 1]], "rows": [[name, 1, 1]]})
+    near, alike, *rest = compare(run["a"], run["b"]).splitlines()
+    far = compare(run["a"], run["c"]).splitlines()[0]
+    assert "8.33 and 8.75, difference +0.42" in near and "within chance" in near
+    assert "difference +15" in far and "clear" in far and "n=60" in far
+    assert "difference +0.01 (+0.01 to +0.01), clear" in alike, "whoever is drawn, both are"
+    assert rest == ["a: only of " + run["a"], "rows: not of the same in both", "b: only of " + run["b"]]
+    with pytest.raises(ValueError, match="not evaluated so yet: .* --beam=4"):
         compare(run["a"], run["b"], beam=4)
 
 
-def test_other_ways_of_decoding_have_files_of_their_own(tiny_run, tmp_path):
-    """So a beam, or long speech, overwrites neither what greedy decoding gave nor its curve."""
+def test_other_ways_have_files_of_their_own(tiny_run, tmp_path):
+    """So a beam, a small test or an earlier checkpoint overwrites neither what the run gave nor its curve."""
     run = shutil.copytree(tiny_run, tmp_path / "run")
-    content = lambda: [os.path.exists(run / name) and (run / name).read_text()
-                       for name in ("results.json", "wer.jsonl")]
+    content = lambda: {name: (run / name).read_text() for name in ("results.json", "items.json", "wer.jsonl")
+                       if os.path.exists(run / name)}
     before = content()
     found = evaluate(str(run), n=2, beam=2)
-    with open(f"{run}/results_beam2.json") as f:
+    with open(f"{run}/results_n2_beam2.json") as f:
         assert json.load(f)["asr"]["unseen"]["wer"] == found["asr"]["unseen"]["wer"]
-    assert found["asr"]["unseen"]["n"] == 2 and os.path.exists(f"{run}/transcripts_beam2.json")
-    assert content() == before
+    assert found["asr"]["unseen"]["n"] == 2 and os.path.exists(f"{run}/transcripts_n2_beam2.json")
+    assert not found["perplexity"] and not found["tts"]["own_asr"]["n"], "which a beam does not touch"
+    [checkpoint] = (path for path in run.iterdir() if path.name.startswith("step_"))
+    evaluate(str(checkpoint), n=1)
+    assert os.path.exists(f"{run}/results_{checkpoint.name}_n1.json") and content() == before
+    assert file_ending("", "data/mine/", guidance=1.5, quant="int8") == "_mine_int8_guidance1.5"
+    assert file_ending() == "" == file_ending(n=None, join=1, beam=1, guidance=None, quant="", data=None)
 
 
 def test_utterances_of_a_speaker_are_tested_as_one_long_one():

@@ -23,12 +23,13 @@ def test_each_group_gets_each_measure_with_its_interval():
     prompts, texts = [tone(100)] * 4, ["four letters"] * 4
     groups = {"own": ([tone(110, 2)] * 4, texts), "half": ([tone(110), tone(300)] * 2, texts),
               "other": ([tone(300)] * 4, ["two"] * 4)}
-    found = measure_voices(groups, prompts, embed, [lambda wav: {"MOS": 3.0}])
+    found, items = measure_voices(groups, prompts, embed, [lambda wav: {"MOS": 3.0}])
     assert found["own"]["seconds"] == (2, 2, 2) and found["other"]["letters a second"] == (3, 3, 3)
     assert found["own"]["similarity"] == (1, 1, 1) and found["other"]["similarity"][0] == 0
     mean, low, high = found["half"]["similarity"]
     assert mean == 0.5 and low < 0.3 and high > 0.7
     assert found["own"]["letters a second"][0] == pytest.approx(11 / 2) and found["own"]["MOS"][0] == 3
+    assert items["voice, similarity"] == [[text, 1, 1] for text in texts], "one each, of the first group"
 
 
 def test_pitch_is_the_tones():
@@ -63,6 +64,7 @@ def test_the_command_says_what_is_missing_and_leaves_lists_for_versa(tiny_run, m
     lines = open(f"{tiny_run}/voices/wav.scp").read().splitlines()
     assert [line.split()[0] for line in lines] == ["0000", "0001", "0002"]
     assert all(soundfile.info(line.split()[1]).samplerate == 16000 for line in lines)
-    found = json.load(open(f"{tiny_run}/results_voice.json"))
+    found = json.load(open(f"{tiny_run}/results_n3.json"))["voice"]
+    assert len(json.load(open(f"{tiny_run}/items_n3.json"))["voice, seconds"]) == 3
     assert found["n"] == 3 and set(found["the model"]) == {"seconds", "letters a second"}
     assert set(found["not_available"]) == {"similarity", "DNSMOS", "pitch"}

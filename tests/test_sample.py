@@ -168,6 +168,16 @@ def test_streamed_speech_is_the_speech_in_pieces(tiny_run, tiny_data, monkeypatc
     monkeypatch.setattr(speaker.tokenizer, "start_decoding", goes_on)
     pieces = list(speaker.synthesise_stream(text, codes, torch.Generator().manual_seed(3), chunk=10))
     assert np.array_equal(np.concatenate(pieces), np.repeat(np.asarray(whole)[:, 1], 320))
+    heard = []          # a long text goes in parts, with a breath between, and says whether all ended
+    monkeypatch.setattr(speaker, "stream_part", lambda part, *_: (heard.append(part), (yield np.ones(5)))
+                        and part.startswith("no"))
+    pieces = speaker.synthesise_stream("no. " * 60 + "yes. " * 9, codes)
+    lengths = []
+    with pytest.raises(StopIteration) as end:
+        while True:
+            lengths.append(len(next(pieces)))
+    assert lengths == [5, 1600, 5] and " ".join(heard) == "no. " * 60 + "yes. " * 8 + "yes."
+    assert end.value.value is True
 
 
 def test_long_texts_and_long_speech_go_in_pieces():
@@ -247,7 +257,7 @@ def test_bfloat16_halves_the_weights_and_reads_about_the_same(tiny_run, tiny_dat
     assert bytes_of["float32"] == 2 * bytes_of["bfloat16"]
     loss = {}
     for dtype, speaker in models.items():
-        loss[dtype], low, high = perplexities(speaker, Dataset(tiny_data, "seen"))["semantic"]
+        loss[dtype], low, high = perplexities(speaker, Dataset(tiny_data, "seen"))[0]["tts semantic"]
         assert low < loss[dtype] < high
     assert loss["bfloat16"] == pytest.approx(loss["float32"], rel=0.02)
     assert loss["bfloat16"] != loss["float32"]
@@ -284,7 +294,7 @@ def test_a_model_of_one_voice_needs_no_prompt(tiny_flags, tiny_data, tmp_path):
     speaker.config.lower = True
     assert speaker.ids("SEVEN").equal(speaker.ids("seven")), "texts are given as the transcripts were"
     assert found["tts"]["own_asr"]["n"] == 3 and set(found["listening"]) == {"asr", "plain_tts"}
-    assert "acoustic8" in found["perplexity"]["seen"] and "after its own text" in table(found)
+    assert "plain_tts acoustic8" in found["perplexity"]["seen"] and "after its own text" in table(found)
     speaker = Speaker(run)
     wav, about = speaker.speak("seven", None)
     assert len(wav)
@@ -339,6 +349,7 @@ def test_the_command_line_speaks_and_listens(tiny_run, tiny_data, tmp_path, monk
     assert "x.wav" in call("tts", "one", "--prompt", voice, "--out", out, "--guidance=2")[1]
     assert not np.array_equal(wav, soundfile.read(out)[0])
     for arguments, message in ((("tts", "one"), "without a voice prompt"),
+                               (("tts", "one", "--prompt", voice, "--stream", "--best=2"), "without --best"),
                                (("asr", "none.wav"), "no such file"),
                                (("continue", voice, voice, "--out", out), "name a folder"),
                                (("tts", " ", "--prompt", voice), "text is empty")):

@@ -1,4 +1,6 @@
 """Claim: audio of any form becomes (T, 9) codes at 50 Hz and comes back recognisably; bad audio is named."""
+import tracemalloc
+
 import numpy as np
 import pytest
 import soundfile
@@ -90,6 +92,21 @@ def test_compressed_audio_is_read(name, subtype, tmp_path):
     wav = load_audio(tmp_path / name)
     assert abs(len(wav) - 16000) < 1200, "lossy formats may add some silence"
     assert np.abs(np.fft.rfft(wav)).argmax() * 16000 / len(wav) == pytest.approx(440, abs=2)
+
+
+def test_of_too_long_audio_no_more_is_read_than_shows_it(tmp_path):
+    """Ten hours by mistake among utterances cost neither memory nor time."""
+    soundfile.write(tmp_path / "long.flac", np.zeros(16000 * 600, np.float32), 16000)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="longer than 2 s"):
+        load_audio(str(tmp_path / "long.flac"), longest=2)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2e6, "600 s would be 38 MB"
+    soundfile.write(tmp_path / "fits.wav", np.zeros(16000 * 3, np.float32), 16000)
+    assert len(load_audio(str(tmp_path / "fits.wav"), 1.5, longest=2)) == 32000, "as it is played"
+    with pytest.raises(ValueError, match="longer than 2 s"):
+        load_audio(str(tmp_path / "fits.wav"), 1.4, longest=2)
 
 
 def test_resampling_does_not_alias():
