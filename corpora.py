@@ -203,8 +203,8 @@ def mls(folder):
 
 
 def fleurs(folder):
-    """train.tsv and the like: id, file, raw text, text, ..., gender; audio/*/file. It names no speakers, so that
-    each file is one: its voice prompt is a part of itself, and nothing is spliced."""
+    """train.tsv and the like: id, file, raw text, text, ..., gender; audio/*/file. It names no speakers: each
+    file is one, its voice prompt is a part of itself, and nothing is spliced."""
     found = audio_files(folder)
     for path in sorted(glob.glob(f"{folder}/*.tsv")):
         for line in lines(path):

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+from itertools import islice
 
 import numpy as np
 import torch
@@ -14,17 +15,21 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from corpora import Manifest
-from pretrained import LYRA_FILES, VERSION, Lyra, NeuralCodec, SpeechEncoder
+from pretrained import FRAME_HZ, LYRA_FILES, VERSION, Lyra, NeuralCodec, SpeechEncoder
 from shards import checksum, write_file
 from tokenize_audio import SAMPLE_RATE, kmeans, load_audio, nearest
+
+TOGETHER = 16           # files whose features are made at once, which a GPU likes
+LONGEST_S = 600         # seconds: what is longer is not fitted on
 
 
 def spread_start(x, n_cluster, generator):
     """k-means++: points far from those already chosen are likelier, x (M, C) -> (n_cluster, C)."""
-    chosen = torch.randint(len(x), (1,), generator=generator)
+    chosen = torch.randint(len(x), (1,), generator=generator).to(x.device)
     far = (x - x[chosen]).pow(2).sum(1)
     for _ in range(n_cluster - 1):
-        new = torch.searchsorted(far.cumsum(0), far.sum() * torch.rand(1, generator=generator))
+        luck = torch.rand(1, generator=generator).to(x.device)
+        new = torch.searchsorted(far.cumsum(0), far.sum() * luck)
         new = new.clamp_max(len(x) - 1)
         chosen = torch.cat([chosen, new])
         far = torch.minimum(far, (x - x[new]).pow(2).sum(1))
@@ -42,7 +47,8 @@ def spread(x, piece=50_000):
     return torch.from_numpy(mean).float(), torch.from_numpy(std).float()
 
 
-def fit_clusters(x, n_cluster, path, n_step=300, batch=20_000, seed=0, say=print, mean=0.0, std=1.0):
+def fit_clusters(x, n_cluster, path, n_step=300, batch=20_000, seed=0, say=print, mean=0.0, std=1.0,
+                 device="cpu"):
     """Mini-batch k-means of (x - mean) / std, x (M, C) perhaps a memory map -> centroids (n_cluster, C).
 
     Each step moves the centroids towards the means of a batch, the less the more they have seen (Sculley
@@ -52,18 +58,21 @@ def fit_clusters(x, n_cluster, path, n_step=300, batch=20_000, seed=0, say=print
         raise ValueError(f"{len(x)} frames are too few for {n_cluster} clusters: use more audio")
     rng, first = np.random.default_rng(seed), 0
 
+    def points_at(rows):
+        return ((torch.from_numpy(np.array(x[rows], dtype=np.float32)) - mean) / std).to(device)
+
     def pick(n):
-        rows = np.sort(rng.choice(len(x), min(n, len(x)), False))
-        return (torch.from_numpy(np.array(x[rows], dtype=np.float32)) - mean) / std
+        return points_at(np.sort(rng.choice(len(x), min(n, len(x)), False)))
 
     if os.path.exists(path):
         state = load_file(path)
         first = int(state["step"][0])
-        centroids, count = torch.from_numpy(state["centroids"]), torch.from_numpy(state["count"])
+        centroids, count = (torch.from_numpy(state[name]).to(device) for name in ("centroids", "count"))
         say(f"k-means goes on after step {first}")
     else:
         generator = torch.Generator().manual_seed(seed)
-        centroids, count = spread_start(pick(20 * n_cluster), n_cluster, generator), torch.zeros(n_cluster)
+        centroids = spread_start(pick(20 * n_cluster), n_cluster, generator)
+        count = torch.zeros(n_cluster, device=device)
     for step in range(first, n_step):
         rng = np.random.default_rng((seed, step + 1))       # a step does not depend on those before
         points = pick(batch)
@@ -74,17 +83,26 @@ def fit_clusters(x, n_cluster, path, n_step=300, batch=20_000, seed=0, say=print
         rate = torch.where(new > 0, new / count.clamp_min(1), 0)[:, None]
         centroids += rate * (total / new.clamp_min(1)[:, None] - centroids)
         lost = ((count < 0.1 * count.mean()) if step % 50 == 49 and step < n_step // 2
-                else torch.zeros(n_cluster, dtype=torch.bool)).nonzero()[:, 0]
+                else torch.zeros_like(count, dtype=torch.bool)).nonzero()[:, 0]
         centroids[lost] = points[:len(lost)]                # clusters that nothing falls into start anew
         count[lost] = count.mean()
         if step % 50 == 49 or step == n_step - 1:
             inertia = float((points - centroids[nearest(points, centroids)]).pow(2).sum(1).mean())
-            used = int((new > 0).sum())
-            say(f"step {step + 1}: mean squared distance {inertia:.4g}, {used} of {n_cluster} clusters used")
-            state = {"centroids": centroids.numpy(), "count": count.numpy(), "step": np.array([step + 1])}
+            say(f"step {step + 1}: mean squared distance {inertia:.4g} in its {len(points):,} frames")
+            state = {"centroids": centroids.cpu().numpy(), "count": count.cpu().numpy(),
+                     "step": np.array([step + 1])}
             save_file(state, path + ".tmp")
             os.replace(path + ".tmp", path)
-    return centroids
+    used, distance = torch.zeros(n_cluster, dtype=torch.long), 0.0
+    for start in range(0, len(x), batch):
+        points = points_at(slice(start, start + batch))
+        label = nearest(points, centroids)
+        used += torch.bincount(label, minlength=n_cluster).cpu()
+        distance += float((points - centroids[label]).pow(2).sum())
+    share = used[used > 0] / len(x)
+    say(f"all {len(x):,} frames: mean squared distance {distance / len(x):.4g}; {len(share)} of {n_cluster} "
+        f"clusters used, as evenly as {float((-share * share.log()).sum().exp()):.0f} equal ones")
+    return centroids.cpu()
 
 
 def fit_books(x, n_level, n_code, seed=0, say=print):
@@ -98,8 +116,9 @@ def fit_books(x, n_level, n_code, seed=0, say=print):
     return torch.stack(books)
 
 
-def collect(folder, paths, features, n_frame, say=print):
+def collect(folder, paths, features_all, n_frame, say=print):
     """Features of audio files [(path, speed)], until there are n_frame rows -> memory map (M, C) of float16.
+    features_all: [wav (n,)] -> [(T, C)].
 
     They are kept in `folder` as they come; what is there already is not made again.
     """
@@ -114,22 +133,22 @@ def collect(folder, paths, features, n_frame, say=print):
     with open(data, "r+b" if os.path.exists(data) else "wb") as f:
         f.truncate(state["rows"] * state["width"] * 2)
         f.seek(0, os.SEEK_END)
-        for i, (path, speed) in enumerate(tqdm(paths, "features", mininterval=2, unit="file")):
-            if state["rows"] >= n_frame:
-                break
-            if i < state["files"]:
-                continue
-            try:
-                x = features(load_audio(path, speed)).numpy().astype(np.float16)   # (T, C)
-            except ValueError as problem:
-                say(f"left out: {problem}")
-                x = np.zeros((0, state["width"]), np.float16)
-            f.write(x.tobytes())
-            state = {"files": i + 1, "rows": state["rows"] + len(x), "width": x.shape[1]}
-            if i % 20 == 19:
-                f.flush()
-                write_file(progress, json.dumps(state))
-    write_file(progress, json.dumps(state))
+        paths = iter(tqdm(paths, "features", mininterval=2, unit="file"))
+        some = list(islice(paths, state["files"], state["files"] + TOGETHER))
+        while some and state["rows"] < n_frame:
+            wavs = []
+            for path, speed in some:
+                try:
+                    wavs.append(load_audio(path, speed, LONGEST_S))
+                except ValueError as problem:
+                    say(f"left out: {problem}")
+            for x in features_all(wavs):
+                f.write(x.cpu().numpy().astype(np.float16).tobytes())              # (T, C)
+                state |= {"rows": state["rows"] + len(x), "width": x.shape[1]}
+            state["files"] += len(some)
+            f.flush()
+            write_file(progress, json.dumps(state))
+            some = list(islice(paths, TOGETHER))
     if not state["rows"]:
         raise ValueError("no audio of the manifest could be read")
     return np.memmap(data, np.float16, "r", shape=(state["rows"], state["width"]))
@@ -179,6 +198,9 @@ def main(arguments):
     parser.add_argument("--codec", help="fit-acoustic: a codec's folder or hub id")
     parser.add_argument("--levels", type=int, default=8)
     parser.add_argument("--codes", type=int, default=1024, help="fit-acoustic, Lyra: codes of a level")
+    parser.add_argument("--own", action="store_true", help="fit-acoustic, Lyra: its own quantisers, up to 46 "
+                        "levels of 16 codes, instead of fitted ones; no manifest")
+    parser.add_argument("--frame_hz", type=float, default=FRAME_HZ, help="fit-acoustic: a codec's own rate")
     parser.add_argument("--frames", type=int, default=2_000_000, help="fit on at most so many")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -203,10 +225,10 @@ def main(arguments):
         if args.kmeans:
             arrays = {"clusters": read_kmeans(args.kmeans, encoder)}
         else:
-            x = collect(work, paths, encoder.features, args.frames)
+            x = collect(work, paths, encoder.features_all, args.frames)
             mean, std = spread(x)       # a few loud dimensions would else decide, and they are not phones
             clusters = fit_clusters(x, args.clusters, f"{work}/{args.clusters}.safetensors", seed=args.seed,
-                                    mean=mean, std=std)
+                                    mean=mean, std=std, device=args.device)
             arrays = {"clusters": clusters, "mean": mean, "std": std}
         where = os.path.abspath(args.encoder) if os.path.exists(args.encoder) else args.encoder
         add_part(args.folder, "semantic", {"encoder": where, "layer": args.layer}, arrays)
@@ -217,12 +239,21 @@ def main(arguments):
         if os.path.exists(f"{args.codec}/soundstream_encoder.tflite"):
             for name in LYRA_FILES:         # small enough that the tokenizer takes them along
                 shutil.copy(f"{args.codec}/{name}", f"{args.folder}/{name}")
-            where = "."
-            x = collect(work, paths, Lyra(args.codec).features, args.frames)
-            x = torch.from_numpy(np.array(x, dtype=np.float32))
-            arrays = {"books": fit_books(x, args.levels, args.codes, args.seed)}
-            codes = args.codes
+            where, lyra = ".", Lyra(args.codec)
+            if args.own:
+                books = lyra.own[:args.levels]
+            else:
+                x = collect(work, paths, lambda wavs: map(lyra.features, wavs), args.frames)
+                x = torch.from_numpy(np.array(x, dtype=np.float32))
+                books = fit_books(x, args.levels, args.codes, args.seed)
+            arrays, (levels, codes) = {"books": books}, books.shape[:2]
+            if levels < args.levels:
+                raise ValueError(f"{args.codec} has {levels} levels of its own, {args.levels} are wanted")
         else:
-            arrays, codes = {}, NeuralCodec(args.codec, args.levels, args.device).n_code
-        add_part(args.folder, "acoustic", {"codec": where, "levels": args.levels, "codes": codes}, arrays)
+            arrays, levels = {}, args.levels
+            codes = NeuralCodec(args.codec, levels, args.device, args.frame_hz).n_code
+        about = {"codec": where, "levels": levels, "codes": codes}
+        if args.frame_hz != FRAME_HZ:
+            about["frame_hz"] = args.frame_hz
+        add_part(args.folder, "acoustic", about, arrays)
     print(f"{args.folder}: {args.what} is done")

@@ -173,7 +173,7 @@ def encode_each(tokenizer, wavs):
 
 def make_shard(folder, name, manifest, settings):
     """Tokenize the rows of a (part of a) manifest into the shard `name` of `folder`; its json, written last,
-    marks it complete. -> utterances, frames."""
+    marks it complete. -> utterances, hours."""
     tokenizer = Tokenizer.load(f"{folder}/audio_tokenizer", _worker["device"])
     text_tokenizer = TextTokenizer.load(f"{folder}/text_tokenizer")
     lower = str.lower if settings["lower"] else str
@@ -202,7 +202,7 @@ def make_shard(folder, name, manifest, settings):
             frame, token = frame + len(code), token + len(text)
             kept.append(row)
     write_shard(folder, name, codes, texts, index, kept, rejects, n_stream)
-    return len(manifest.offsets), frame
+    return len(manifest.offsets), frame / tokenizer.frame_hz / 3600
 
 
 _worker = {"device": "cpu", "speakers": None}       # what a process of the pool has got at its start
@@ -223,7 +223,7 @@ def _start_worker(parent, devices, speakers):
 
 def make_shards(jobs, speakers, n_process, device):
     """jobs [(arguments of make_shard)] in several processes, with a bar that tells hours and speed."""
-    context, began, frames = multiprocessing.get_context("spawn"), time.time(), 0
+    context, began, hours = multiprocessing.get_context("spawn"), time.time(), 0.0
     n_gpu = torch.cuda.device_count() if device == "cuda" else 0
     if n_gpu:       # a process for each GPU; under torchrun for the one that is ours
         mine = [int(os.environ["LOCAL_RANK"])] if "LOCAL_RANK" in os.environ else range(n_gpu)
@@ -240,10 +240,9 @@ def make_shards(jobs, speakers, n_process, device):
           as bar):
         try:
             for done in as_completed([pool.submit(make_shard, *job) for job in jobs]):
-                n, n_frame = done.result()
+                n, more = done.result()
                 bar.update(n)
-                frames += n_frame
-                hours = frames / Tokenizer.frame_hz / 3600
+                hours += more
                 bar.set_postfix_str(f"{hours:.2f} h, {hours * 3600 / (time.time() - began):.0f} x real time")
         except BrokenProcessPool:
             raise ValueError("a process that made a shard was killed (out of memory?); finished shards stay: "

@@ -5,8 +5,10 @@ two steps, which prepare.py and train.py then take as --audio_tokenizer=FOLDER:
   python tokenize_audio.py fit-semantic FOLDER manifest.tsv --encoder=openai/whisper-base --clusters=1000
   python tokenize_audio.py fit-acoustic FOLDER manifest.tsv --codec=models/lyra
 Encoder: a folder or hub id of Whisper, HuBERT, WavLM or wav2vec 2.0.  Codec: a folder with Lyra v2's
-SoundStream (tflite files; fitted books take the place of its own), or DAC, X-codec, EnCodec, Mimi in Hugging
-Face's form, whose own codes are taken. Both must make 50 frames a second.
+SoundStream (tflite files; fitted books take the place of its own 46 x 16, which --own keeps), or DAC,
+X-codec, EnCodec, Mimi in Hugging Face's form, whose own codes are taken. Encoders make 50 frames a second, and so
+should codecs: DAC at 16 kHz and X-codec do. One of another rate, as EnCodec at 24 kHz (75) or Mimi (12.5), is
+taken by --frame_hz=75; semantic tokens are then said again, or left out, to keep time with it.
 
 OpusLM's own tokens, of XEUS and ESPnet's DAC, come through the espnet package, from files that are downloaded
 before, with config.yaml beside them (not run: we do not have them; espnet unpickles, so trust them first):
@@ -203,14 +205,14 @@ class Lyra:
 
 class NeuralCodec:
     """DAC, X-codec, EnCodec or Mimi of transformers, or ESPnet's codec (a .pth file with config.yaml beside):
-    its first n_level levels of codes."""
+    its first n_level levels of codes, frame_hz times a second."""
 
-    def __init__(self, name, n_level=8, device="cpu"):
+    def __init__(self, name, n_level=8, device="cpu", frame_hz=FRAME_HZ):
         if name.endswith(".pth"):
             self.model, self.kind = espnet_model("gan_codec", name, device), "espnet"
             about, self.n_level, self.device = self.model.meta_info(), n_level, device
             self.rate, self.n_code = about["fs"], about["code_size_per_stream"][0]
-            self.check_rate(name)
+            self.check_rate(name, frame_hz)
             return
         from transformers import AutoConfig, AutoModel
         folder = find_folder(name, WEIGHTS)
@@ -223,13 +225,15 @@ class NeuralCodec:
         self.model = AutoModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
         self.model.requires_grad_(False)
         self.n_code = config.codebook_size
-        self.check_rate(name)
+        # EnCodec leaves levels out to keep to a bandwidth, and at its usual, the lowest one, most of them
+        self.most = {"bandwidth": config.target_bandwidths[-1]} if self.kind == "encodec" else {}
+        self.check_rate(name, frame_hz)
 
-    def check_rate(self, name):
-        self.frame_hz = len(self.codes(np.zeros(8 * self.rate, np.float32))) / 8
-        if abs(self.frame_hz - FRAME_HZ) > 0.5:
-            raise ValueError(f"{name} makes {self.frame_hz:.4g} frames a second, we need {FRAME_HZ:g}; "
-                             "DAC at 16 kHz and X-codec do")
+    def check_rate(self, name, frame_hz):
+        found = len(self.codes(np.zeros(8 * self.rate, np.float32))) / 8
+        if abs(found - frame_hz) > 0.5:
+            raise ValueError(f"{name} makes {found:.4g} frames a second, we need {frame_hz:g}; DAC at 16 kHz "
+                             f"and X-codec make 50. To take it as it is: --frame_hz={found:.4g}")
 
     @torch.no_grad()
     def codes(self, wav):
@@ -238,7 +242,7 @@ class NeuralCodec:
         if self.kind == "espnet":
             codes = self.model.encode(x).transpose(0, 1)                    # (1, n_level, T)
         else:
-            codes = self.model.encode(x).audio_codes
+            codes = self.model.encode(x, **self.most).audio_codes
         codes = codes[0] if codes.ndim == 4 else codes                      # EnCodec: chunks first
         if codes.shape[1] < self.n_level:
             raise ValueError(f"the codec has {codes.shape[1]} levels, {self.n_level} are wanted")
@@ -263,30 +267,42 @@ class NeuralCodec:
 
 class PretrainedTokenizer:
     """encode, decode, save, load and the sizes, as any tokenizer of ours (tokenize_audio.Tokenizer)."""
-    sample_rate, frame_hz = SAMPLE_RATE, FRAME_HZ
+    sample_rate = SAMPLE_RATE
 
     def __init__(self, about, arrays, folder="", device="cpu"):
-        """about: {"semantic": {encoder, layer}, "acoustic": {codec, levels}}; arrays: clusters (K, C) of
-        features, less their mean and over their std (C,) where those are given; books (levels, codes, 64) for
-        Lyra, whose files are in `folder` if its codec is ".". The networks are loaded when first needed."""
+        """about: {"semantic": {encoder, layer}, "acoustic": {codec, levels, codes, perhaps frame_hz}}
+        arrays: clusters (K, C) of features, less their mean and over their std (C,) where those are given;
+        books (levels, codes, 64) for Lyra.  Encoder and codec are folders in `folder` ("." for Lyra, whose
+        files it has), folders elsewhere, or hub ids; they are loaded when first needed."""
         self.about, self.arrays, self.folder, self.device = about, arrays, folder, device
         self.n_semantic = len(arrays["clusters"])
         books = arrays.get("books")
         self.n_level, self.n_acoustic = about["acoustic"]["levels"], about["acoustic"]["codes"]
+        self.frame_hz = about["acoustic"].get("frame_hz", FRAME_HZ)
         assert books is None or books.shape[:2] == (self.n_level, self.n_acoustic)
         self.encoder = self.codec = None
 
     def start(self, encode):
         semantic, acoustic = self.about["semantic"], self.about["acoustic"]
-        if encode and self.encoder is None:
-            self.encoder = SpeechEncoder(semantic["encoder"], semantic["layer"], self.device)
-        if self.codec is None:
-            where = self.folder if acoustic["codec"] == "." else acoustic["codec"]
-            self.codec = (Lyra(where) if "books" in self.arrays else
-                          NeuralCodec(acoustic["codec"], self.n_level, self.device))
+        try:
+            if encode and self.encoder is None:
+                where = self.place(semantic["encoder"])
+                self.encoder = SpeechEncoder(where, semantic["layer"], self.device)
+            if self.codec is None:
+                where = self.place(acoustic["codec"])
+                self.codec = (Lyra(where) if "books" in self.arrays else
+                              NeuralCodec(where, self.n_level, self.device, self.frame_hz))
+        except ValueError as problem:
+            raise ValueError(f"{problem}. Where its networks are stands in {self.folder}/audio_tokenizer.json"
+                             ) from None
+
+    def place(self, name):
+        """The folder of that name in ours, or the name as it is."""
+        return f"{self.folder}/{name}" if os.path.isdir(f"{self.folder}/{name}") else name
 
     def encode(self, wav, sr=SAMPLE_RATE):
-        """wav (n,) or (n, channels) at sr Hz -> codes (T, N) int16, semantic ones first; T about n / HOP."""
+        """wav (n,) or (n, channels) at sr Hz -> codes (T, N) int16, semantic ones first; T about
+        n / sr * frame_hz."""
         return self.encode_all([to_mono_16k(wav, sr)])[0]
 
     def encode_all(self, wavs):
@@ -304,22 +320,27 @@ class PretrainedTokenizer:
             acoustic = quantise(self.codec.features(wav), self.arrays["books"])             # (T', levels)
         else:
             acoustic = self.codec.codes(soxr.resample(wav, SAMPLE_RATE, self.codec.rate))
+        expected = len(semantic) * self.frame_hz / FRAME_HZ
+        if abs(expected - len(acoustic)) > 1:
+            raise ValueError(f"{expected:g} semantic and {len(acoustic)} acoustic frames do not fit")
+        if self.frame_hz != FRAME_HZ:       # what is said at the middle of each frame of the codec
+            middle = (torch.arange(len(acoustic)) + 0.5) * FRAME_HZ / self.frame_hz
+            semantic = semantic[middle.long().clamp_max(len(semantic) - 1)]
         T = min(len(semantic), len(acoustic))
-        if abs(len(semantic) - len(acoustic)) > 1:
-            raise ValueError(f"{len(semantic)} semantic and {len(acoustic)} acoustic frames do not fit")
         return torch.cat([semantic[:T, None], acoustic[:T]], 1).numpy().astype(np.int16)    # (T, N)
 
     def decode(self, codes):
-        """codes (T, N) -> wav (T * HOP,) float32 at 16 kHz."""
+        """codes (T, N) -> wav (n,) float32 at 16 kHz, n = T / frame_hz * 16000."""
         codes = torch.as_tensor(np.asarray(codes), dtype=torch.long)[:, -self.n_level:]     # (T, levels)
         if len(codes) == 0:
             return np.zeros(0, np.float32)
         self.start(False)
+        n = round(len(codes) * SAMPLE_RATE / self.frame_hz)
         if "books" in self.arrays:
             wav = self.codec.sound(self.looked_up(codes))
         else:
             wav = soxr.resample(self.codec.sound(codes), self.codec.rate, SAMPLE_RATE)
-        wav = np.pad(wav, (0, max(0, len(codes) * HOP - len(wav))))[:len(codes) * HOP]
+        wav = np.pad(wav, (0, max(0, n - len(wav))))[:n]
         return (wav / max(1.0, np.abs(wav).max())).astype(np.float32)
 
     def looked_up(self, codes):
@@ -340,14 +361,23 @@ class PretrainedTokenizer:
 
         return decode_next
 
-    def save(self, folder):
+    def save(self, folder, whole=False):
+        """whole: with copies of the encoder and the codec, where those are folders, and not on the hub."""
         os.makedirs(folder, exist_ok=True)
+        about = {part: dict(self.about[part]) for part in ("semantic", "acoustic")}
+        for part, network in (("semantic", "encoder"), ("acoustic", "codec")) if whole else ():
+            source = self.place(about[part][network])
+            if about[part][network] != "." and os.path.isdir(source):
+                os.makedirs(f"{folder}/{network}", exist_ok=True)
+                for name in filter(os.listdir(source).__contains__, WEIGHTS):
+                    shutil.copy(f"{source}/{name}", f"{folder}/{network}/{name}")
+                about[part][network] = network
         for name in LYRA_FILES if self.about["acoustic"]["codec"] == "." else ():
             shutil.copy(f"{self.folder}/{name}", f"{folder}/{name}")
         save_file({name: array.contiguous().numpy() for name, array in self.arrays.items()},
                   f"{folder}/codebooks.safetensors")
         with open(f"{folder}/audio_tokenizer.json", "w") as f:
-            json.dump({"kind": "pretrained", "version": VERSION, **self.about}, f, indent=1)
+            json.dump({"kind": "pretrained", "version": VERSION, **about}, f, indent=1)
 
     @classmethod
     def load(cls, folder, about, device="cpu"):

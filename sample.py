@@ -57,7 +57,7 @@ def export(run, folder, text_only=False):
         save_model(beside, speaker.config, speaker.vocab, speaker.model, state)
         speaker.text_tokenizer.save(f"{beside}/text_tokenizer")
         if speaker.tokenizer:
-            speaker.tokenizer.save(f"{beside}/audio_tokenizer")
+            speaker.tokenizer.save(f"{beside}/audio_tokenizer", whole=True)
     os.rename(beside, folder.rstrip("/"))
     print(f"{folder}: {', '.join(sorted(os.listdir(folder)))}")
 

@@ -17,7 +17,7 @@ from tokenize_audio import Tokenizer, cut_wav
 from tokenize_text import TOKENIZER_FILES, TextTokenizer, find_folder
 from wer import comparable, edit_distance, home_of
 
-FRAMES_A_LETTER = 1, 12     # speech is not shorter (50 letters a second) nor longer (4, and a second more)
+LETTER_S = 0.02, 0.24       # speech is not shorter (50 letters a second) nor longer (4, and a second more)
 PIECE_LETTERS = 200         # longer texts are spoken piece by piece,
 BREATH = np.zeros(Tokenizer.sample_rate // 10, np.float32)      # with silence between
 
@@ -47,7 +47,7 @@ class Speaker:
     def __init__(self, run, quant="", dtype="auto"):
         self.model, self.config, self.vocab, self.state = load_model(run, dtype=dtype)
         prepare_for_decoding(self.model, quant)
-        self.run, self.tokenizer = run, None
+        self.run, self.tokenizer, self.frame_hz = run, None, Tokenizer.frame_hz
         if is_published(run):           # its text tokenizer is the base LLM's; audio tokenizers are elsewhere
             beside = os.path.exists(f"{run}/tokenizer.json")
             folder = run if beside else find_folder(self.config.init_from, TOKENIZER_FILES)
@@ -57,6 +57,7 @@ class Speaker:
         self.text_tokenizer = TextTokenizer.load(f"{self.run}/text_tokenizer")
         if os.path.isdir(f"{self.run}/audio_tokenizer"):
             self.tokenizer = t = Tokenizer.load(f"{self.run}/audio_tokenizer")
+            self.frame_hz = t.frame_hz
             whole = Vocab(t.n_semantic, t.n_acoustic, t.n_level, self.vocab.n_text)
             _, self.columns = whole.only(self.config.token_streams)
 
@@ -87,13 +88,13 @@ class Speaker:
 
     def recognise(self, codes, batch=50, beam=1):
         """Greedy or by a beam: [codes (T, N)] -> [(text, ended)]. Letters are some 15 a second; a text that
-        goes on and on, mostly in circles, is cut at 25: T / 2 + 8 of them, and as many tokens."""
+        goes on and on, mostly in circles, is cut at 25 a second, and 8 more, and at as many tokens."""
         order, read = sorted(range(len(codes)), key=lambda i: len(codes[i])), [None] * len(codes)
         for start in range(0, len(order), batch):
             part = order[start:start + batch]
             speech = [speech_frames(self.vocab, codes[i], self.config.semantic_asr) for i in part]
             prefixes = [generation_prefix(self.vocab, "asr", {"speech": frames}) for frames in speech]
-            limits = [len(codes[i]) // 2 + 8 for i in part]
+            limits = [int(len(codes[i]) / self.frame_hz * 25) + 8 for i in part]
             if beam > 1:
                 found = [beam_search(self.model, self.vocab, prefix, TEXT, limit, beam)
                          for prefix, limit in zip(prefixes, limits)]
@@ -120,11 +121,11 @@ class Speaker:
         """What `decode.steps` takes for speech: limits (of given texts, by their letters), temperatures,
         random numbers, guidance (away from what it would say of itself)."""
         c, shortest, unguided = self.config, 1, None
-        longest = int(c.max_speech_s * Tokenizer.frame_hz)
+        longest = int(c.max_speech_s * self.frame_hz)
         if texts:
-            low, high = FRAMES_A_LETTER
-            shortest = [max(3, min(longest, low * len(text))) for text in texts]
-            longest = [min(longest, high * len(text) + int(Tokenizer.frame_hz)) for text in texts]
+            low, high = (round(seconds * self.frame_hz, 6) for seconds in LETTER_S)
+            shortest = [max(3, min(longest, int(low * len(text)))) for text in texts]
+            longest = [min(longest, int(high * len(text) + self.frame_hz)) for text in texts]
             check_sampling(c)
             unguided = generation_prefix(self.vocab, "speech", {})
         return dict(modality=SPEECH, max_frames=longest, min_frames=shortest, temperature=c.temperature,
@@ -204,7 +205,7 @@ class Speaker:
         delay * (N-1) steps after its semantic token.
         """
         decode_next = self.voice().start_decoding()
-        done, tail, hop = 0, np.zeros(0, np.float32), int(Tokenizer.sample_rate / Tokenizer.frame_hz)
+        done, tail, hop = 0, np.zeros(0, np.float32), Tokenizer.sample_rate / self.frame_hz
         later = self.vocab.delay * (self.vocab.n_stream - 1)
         options = self.speech_options(generator, [text])
         prefix = generation_prefix(self.vocab, *self.tts_entries(text, prompt))
@@ -222,11 +223,11 @@ class Speaker:
                 if len(codes):
                     yield decode_next(codes)
                 continue
-            start = max(0, done - len(tail) // hop)
+            start = max(0, done - round(len(tail) / hop))
             wav = self.decode(speech_codes(self.vocab, frames[0, known[0] + start:known[0] + ready]))
             fade = np.linspace(0, 1, len(tail), dtype=np.float32)
             wav[:len(tail)] = tail * (1 - fade) + wav[:len(tail)] * fade
-            keep = 0 if state is None else overlap * hop
+            keep = 0 if state is None else round(overlap * hop)
             tail, done = wav[len(wav) - keep:], ready
             yield wav[:len(wav) - keep]
         return bool(eos[0] < known[0] + options["max_frames"][0])

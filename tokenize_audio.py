@@ -146,8 +146,9 @@ def distances(x, centroids):
 
 
 def nearest(x, centroids):
-    """The row number of the nearest centroid: x (T, C) -> (T,). In pieces that stay in the cache."""
-    return torch.cat([distances(piece, centroids).argmin(1) for piece in x.split(1024)])
+    """The row number of the nearest centroid: x (T, C) -> (T,). In pieces that stay in a CPU's cache."""
+    size = 1024 if x.device.type == "cpu" else 16384
+    return torch.cat([distances(piece, centroids).argmin(1) for piece in x.split(size)])
 
 
 def quantise(x, books):
@@ -285,7 +286,8 @@ class Tokenizer:
         Griffin-Lim's phases need what comes after."""
         return None
 
-    def save(self, folder):
+    def save(self, folder, whole=True):
+        """whole: of a pretrained tokenizer, with its networks; ours has none."""
         os.makedirs(folder, exist_ok=True)
         arrays = {name: array.numpy() for name, array in self.arrays.items()}
         save_file(arrays, f"{folder}/codebooks.safetensors")

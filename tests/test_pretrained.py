@@ -10,8 +10,9 @@ import soundfile
 import torch
 from conftest import ROOT, run_here, shared_folder
 
+import prepare
 from fit import fit_clusters, spread
-from pretrained import NeuralCodec, SpeechEncoder, windows
+from pretrained import NeuralCodec, PretrainedTokenizer, SpeechEncoder, windows
 from tokenize_audio import Tokenizer, load_audio, quantise
 
 transformers = pytest.importorskip("transformers")
@@ -63,8 +64,9 @@ def small_dac(folder, rate=16000):
 
 
 def small_encodec(folder):
+    """Of its two bandwidths the lower one has two levels only."""
     return small(folder, transformers.EncodecConfig(
-        sampling_rate=16000, target_bandwidths=[4.0], upsampling_ratios=[8, 5, 4, 2], num_filters=4,
+        sampling_rate=16000, target_bandwidths=[0.5, 4.0], upsampling_ratios=[8, 5, 4, 2], num_filters=4,
         hidden_size=16, codebook_size=32, codebook_dim=16, num_lstm_layers=1))
 
 
@@ -151,6 +153,12 @@ def test_clusters_that_were_interrupted_are_those_that_were_not(tmp_path):
     torch.testing.assert_close(fit("cut", 100), whole, rtol=0, atol=0)
     nearest = torch.cdist(torch.from_numpy(x), whole).min(1).values
     assert nearest.pow(2).mean() < 0.1, "each of the twelve heaps has its cluster"
+    said = []       # how the clusters are used is counted over all frames
+    x = np.concatenate([np.zeros((900, 2)), np.ones((50, 2)), 2 * np.ones((50, 2))]).astype(np.float32)
+    fit_clusters(x, 3, str(tmp_path / "three"), 20, 100, say=said.append)
+    assert "all 1,000 frames" in said[-1] and "3 of 3 clusters" in said[-1]
+    entropy = -sum(p * np.log(p) for p in (0.9, 0.05, 0.05))
+    assert f"evenly as {np.exp(entropy):.0f} equal" in said[-1]
 
 
 def test_fitted_by_the_command_line_it_is_a_tokenizer_like_any_other(tmp_path):
@@ -178,6 +186,17 @@ def test_fitted_by_the_command_line_it_is_a_tokenizer_like_any_other(tmp_path):
     tokenizer.save(tmp_path / "again")
     np.testing.assert_array_equal(Tokenizer.load(tmp_path / "again").encode(wav), codes)
     assert json.load(open(f"{folder}/audio_tokenizer.json"))["semantic"]["encoder"] == hubert
+    tokenizer.save(tmp_path / "whole", whole=True)          # to hand on: its networks come along
+    for name in ("hubert", "dac"):
+        os.rename(tmp_path / name, tmp_path / f"{name}-moved")
+    with pytest.raises(ValueError, match="hubert: no such folder.*stands in .*tok/audio_tokenizer.json"):
+        Tokenizer.load(folder).encode(wav)
+    whole = Tokenizer.load(os.path.relpath(tmp_path / "whole"))
+    np.testing.assert_array_equal(whole.encode(wav), codes)
+    whole.save(tmp_path / "whole-again", whole=True)
+    np.testing.assert_array_equal(Tokenizer.load(tmp_path / "whole-again").encode(wav), codes)
+    for name in ("hubert", "dac"):
+        os.rename(tmp_path / f"{name}-moved", tmp_path / name)
     features = SpeechEncoder(hubert).features(wav)
     features[:, 0] += 1000 * torch.linspace(0, 1, 150)      # a loud dimension that says nothing
     mean, std = spread(features.numpy())
@@ -186,6 +205,30 @@ def test_fitted_by_the_command_line_it_is_a_tokenizer_like_any_other(tmp_path):
     assert set(tokenizer.arrays) == {"clusters", "mean", "std"}, "so no dimension decides by its size"
     code, _, err = run_here(script, *semantic)
     assert code == 2 and "which encoder" in err
+
+
+def test_a_codec_of_another_rate_is_taken_where_one_says_so(tmp_path):
+    """Mimi's 12.5 frames a second: what is said at the middle of each of them goes with it."""
+    folder, script, wav = str(tmp_path / "tok"), ROOT / "tokenize_audio.py", noise(4)
+    hubert, mimi = small_hubert(tmp_path / "hubert"), small_mimi(tmp_path / "mimi")
+    soundfile.write(tmp_path / "0.wav", wav, 16000)
+    (tmp_path / "m.tsv").write_text("id\taudio\ttext\tspeaker\tsplit\n0\t0.wav\tone\ta\ttrain\n")
+    for what in (("fit-semantic", folder, tmp_path / "m.tsv", f"--encoder={hubert}", "--clusters=9"),
+                 ("fit-acoustic", folder, f"--codec={mimi}", "--frame_hz=12.5")):
+        code, _, err = run_here(script, *what)
+        assert code == 0, err
+    tokenizer = Tokenizer.load(folder)
+    codes, features = tokenizer.encode(wav), SpeechEncoder(hubert).features(wav)
+    assert codes.shape == (50, 9) and tokenizer.frame_hz == 12.5
+    normal = (features - tokenizer.arrays["mean"]) / tokenizer.arrays["std"]
+    said = torch.cdist(normal, tokenizer.arrays["clusters"]).argmin(1)      # (200,), at 50 Hz
+    assert codes[:, 0].tolist() == said[2::4].tolist()
+    assert len(tokenizer.decode(codes)) == 64000
+    data = prepare.prepare(prepare.SETTINGS | {"corpus": str(tmp_path / "m.tsv"), "audio_tokenizer": folder},
+                           str(tmp_path), n_process=1)
+    with open(f"{data}/dataset.json") as f:
+        about = json.load(f)
+    assert about["frame_hz"] == 12.5 and about["splits"]["train"]["hours"] == pytest.approx(4 / 3600)
 
 
 class FakeXeus(torch.nn.Module):
@@ -236,7 +279,7 @@ def test_opuslms_own_tokens_come_through_espnet(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not shared_folder(), reason="no real codec here")
-def test_lyras_own_quantisers_give_back_real_speech():
+def test_lyras_own_quantisers_give_back_real_speech(tmp_path):
     pytest.importorskip("ai_edge_litert")
     from pretrained import Lyra
     lyra = Lyra(f"{shared_folder()}/models/lyra")
@@ -251,6 +294,14 @@ def test_lyras_own_quantisers_give_back_real_speech():
     loud = lambda wav: np.log(np.abs(wav[:48000 // 320 * 320]).reshape(-1, 320).mean(1) + 1e-3)
     assert np.corrcoef(loud(wav), loud(sound))[0, 1] > 0.9
     torch.testing.assert_close(lyra.features(wav), x)      # from silence each time
+    code, _, err = run_here(ROOT / "tokenize_audio.py", "fit-acoustic", tmp_path,
+                            f"--codec={shared_folder()}/models/lyra", "--own", "--levels=16")
+    about = json.load(open(tmp_path / "audio_tokenizer.json"))["acoustic"]
+    assert code == 0 and about == {"codec": ".", "levels": 16, "codes": 16}, err
+    whole = PretrainedTokenizer({"semantic": None, "acoustic": about},
+                                {"clusters": torch.zeros(1, 1), "books": lyra.own[:16]}, str(tmp_path))
+    whole.codec = lyra                          # 3.2 kbit/s, as Lyra calls it: no fitting, no manifest
+    assert (whole.join(wav, torch.zeros(150, 1))[:, 1:] == codes[:, :16].numpy()).all()
     go_on = lyra.start("lyragan")
     pieces = [go_on(rows.numpy()).flatten() for rows in again.split(40)]
     assert np.array_equal(np.concatenate(pieces), sound), "piece by piece as it is made"
