@@ -6,9 +6,9 @@ two steps, which prepare.py and train.py then take as --audio_tokenizer=FOLDER:
   python tokenize_audio.py fit-acoustic FOLDER manifest.tsv --codec=models/lyra
 Encoder: a folder or hub id of Whisper, HuBERT, WavLM or wav2vec 2.0.  Codec: a folder with Lyra v2's
 SoundStream (tflite files; fitted books take the place of its own 46 x 16, which --own keeps), or DAC,
-X-codec, EnCodec, Mimi in Hugging Face's form, whose own codes are taken. Encoders make 50 frames a second, and so
-should codecs: DAC at 16 kHz and X-codec do. One of another rate, as EnCodec at 24 kHz (75) or Mimi (12.5), is
-taken by --frame_hz=75; semantic tokens are then said again, or left out, to keep time with it.
+X-codec, EnCodec, Mimi in Hugging Face's form, whose own codes are taken. Encoders make 50 frames a second,
+and so should codecs: DAC at 16 kHz and X-codec do. One of another rate, as EnCodec at 24 kHz (75) or Mimi
+(12.5), is taken by --frame_hz=75; semantic tokens are then said again, or left out, to keep time with it.
 
 OpusLM's own tokens, of XEUS and ESPnet's DAC, come through the espnet package, from files that are downloaded
 before, with config.yaml beside them (not run: we do not have them; espnet unpickles, so trust them first):
