@@ -256,7 +256,9 @@ def generate(model, vocab, prefixes, modality, max_frames, *options, **named):
 @torch.no_grad()
 def beam_search(model, vocab, prefix, modality, max_frames, beam=4):
     """The likeliest continuation of one aligned prefix (T, N), in stream 0, that a beam finds -> (frames
-    (L, N), ended). By the mean log probability of its tokens and its end: short ones have no advantage."""
+    (L, N), ended). By the mean log probability of its tokens and its end: short ones have no advantage. It
+    ends when so many have ended as the beam is wide, and none that goes on is ahead of the best of them by
+    its mean so far: one could still overtake, by tokens that are likelier than those before."""
     heads = decoding_heads(model, modality)
     device, known = model.emb.device, len(prefix)
     frames = torch.full((1, known + max_frames + vocab.n_stream, vocab.n_stream), PAD, device=device)
@@ -274,8 +276,8 @@ def beam_search(model, vocab, prefix, modality, max_frames, beam=4):
         going = (token != EOS).nonzero()[:beam, 0]
         total, parent, token = total[going], parent[going], token[going]
         done = max((score for score, _ in finished), default=-torch.inf)
-        if float(total.max()) / (max_frames + 1) < done and len(finished) >= beam:
-            break                   # even without another mistake none of these would overtake it
+        if len(finished) >= beam and float(total.max()) / (count + 1) < done:
+            break
         frames = frames[parent]
         frames[:, known + count, 0] = token
         cache.k, cache.v = cache.k[:, parent], cache.v[:, parent]           # each goes on from its parent

@@ -39,12 +39,12 @@ def judge_sound(tokenizer, wavs, texts, whisper=None):
     pairs = [(wav[:len(copy)], copy[:len(wav)]) for wav, copy in zip(wavs, copies)]
     try:
         from pesq import pesq
-        result["PESQ, wide band"] = np.mean([pesq(SAMPLE_RATE, *pair, "wb") for pair in pairs])
+        result["PESQ, wide band"] = interval([pesq(SAMPLE_RATE, *pair, "wb") for pair in pairs])
     except ImportError:
         print("no PESQ: pip install pesq")
     try:
         from pystoi import stoi
-        result["STOI"] = np.mean([stoi(*pair, SAMPLE_RATE) for pair in pairs])
+        result["STOI"] = interval([stoi(*pair, SAMPLE_RATE) for pair in pairs])
     except ImportError:
         print("no STOI: pip install pystoi")
     if whisper:
@@ -64,8 +64,9 @@ def merged(tokens):
 
 
 def judge_words(folders, n=3000, letters=4, seed=0):
-    """-> [% of n triples (X, A, B) in which a folder's tokens put X nearer to the wrong word], half a triple
-    where both are as near. The same triples for each folder; words of at least so many letters."""
+    """-> [% of n triples (X, A, B) in which a folder's tokens put X nearer to the wrong word, low, high],
+    half a triple where both are as near; low to high: the 95 % interval over triples. The same triples for
+    each folder; words of at least so many letters."""
     datasets, rng = [Dataset(folder, "train") for folder in folders], np.random.default_rng(seed)
     first = datasets[0]
     for dataset in datasets[1:]:
@@ -98,12 +99,12 @@ def judge_words(folders, n=3000, letters=4, seed=0):
             i, _, start, end = places[k]
             return merged(dataset[i][0][start:end, 0])
 
-        total = 0.0
+        found = []
         for triple in triples:
             x, a, b = map(piece, triple)
             right, other = (edit_distance(x, y) / max(len(x), len(y), 1) for y in (a, b))
-            total += (other < right) + 0.5 * (other == right)
-        return 100 * total / n
+            found.append(100 * ((other < right) + 0.5 * (other == right)))
+        return interval(found)
 
     return [wrong(dataset) for dataset in datasets]
 
@@ -122,8 +123,9 @@ def main(arguments):
     words.add_argument("--n", type=int, default=3000, help="triples")
     args = parser.parse_args(arguments)
     if args.what == "words":
-        for folder, error in zip(args.data, judge_words(args.data, args.n)):
-            print(f"{folder}: {error:.1f} % of {args.n} choices between two words are wrong")
+        for folder, (error, low, high) in zip(args.data, judge_words(args.data, args.n)):
+            print(f"{folder}: {error:.1f} % ({low:.1f} to {high:.1f}) of {args.n} choices between two words "
+                  "are wrong")
         return
     manifest, wavs, texts = Manifest(args.manifest), [], []
     numbers = manifest.numbers("unseen")
@@ -137,7 +139,7 @@ def main(arguments):
     torch.set_num_threads(os.cpu_count())
     whisper, missing = open_whisper(args.whisper) if args.whisper else (None, None)
     for name, value in judge_sound(Tokenizer.load(args.tokenizer), wavs, texts, whisper).items():
-        print(f"{name:28s} " + ("{:8.3f} ({:.1f} to {:.1f})".format(*value) if isinstance(value, tuple)
+        print(f"{name:28s} " + ("{:8.3f} ({:.3f} to {:.3f})".format(*value) if isinstance(value, tuple)
                                 else f"{value:8.3f}"))
     if missing:
         print(f"WER by Whisper: not available: {missing}")

@@ -6,6 +6,7 @@ one step of decoding is in decode.py, the commands are in sample.py.
 import os
 
 import numpy as np
+from tqdm import tqdm
 
 from checkpoint import load_model
 from config import check_sampling
@@ -96,8 +97,9 @@ class Speaker:
             prefixes = [generation_prefix(self.vocab, "asr", {"speech": frames}) for frames in speech]
             limits = [int(len(codes[i]) / self.frame_hz * 25) + 8 for i in part]
             if beam > 1:
+                shown = tqdm(prefixes, "beam search", mininterval=2, disable=len(prefixes) < 5)
                 found = [beam_search(self.model, self.vocab, prefix, TEXT, limit, beam)
-                         for prefix, limit in zip(prefixes, limits)]
+                         for prefix, limit in zip(shown, limits)]
             else:
                 found = generate(self.model, self.vocab, prefixes, TEXT, limits)
             for i, limit, (frames, ended) in zip(part, limits, found):

@@ -19,7 +19,7 @@ def test_tokens_of_speech_tell_words_apart_and_random_ones_do_not(tiny_data, tmp
         codes = np.load(path)
         np.save(path, np.random.default_rng(0).permutation(codes))
     speech, noise = judge_words([folder, random], n=2000)
-    assert speech < noise - 4 and 44 < noise < 56, (speech, noise)
+    assert speech[2] < noise[1] < 50 < noise[2] and speech[0] < noise[0] - 4, (speech, noise)
     assert merged(np.array([3, 3, 5, 5, 3])) == [3, 5, 3]
     code, out, _ = run_here(ROOT / "judge.py", "words", folder, "--n=50")
     assert code == 0 and "choices between two words are wrong" in out
@@ -48,4 +48,6 @@ def test_sound_is_judged_beside_the_originals(tiny_data):
     assert found["WER after decoding, %"] == found["WER, lost by it, points"] == (100, 100, 100)
     assert found["seconds"] == pytest.approx(sum(map(len, wavs)) / 16000)
     assert found["encoding, times real time"] > 1
-    assert found.get("STOI", 0.7) > 0.5 and found.get("PESQ, wide band", 2) > 1
+    for measure, least in (("STOI", 0.5), ("PESQ, wide band", 1)):
+        mean, low, high = found.get(measure, (2, 2, 2))
+        assert least < low <= mean <= high
