@@ -119,8 +119,8 @@ def peak_memory(device):
 
 # ---- model -------------------------------------------------------------------------------------------------
 
-def make_model(config, vocab, dtype=torch.float32):
-    """The Config's model for a Vocab, weights not initialised."""
+def meta_model(config, vocab, dtype=torch.float32):
+    """The Config's model for a Vocab without memory: names and shapes only."""
     if config.model_type not in ("llama", "olmo2"):
         raise ValueError(f"model_type is 'llama' or 'olmo2', not {config.model_type!r}")
     if config.d_model % (2 * config.n_head) or config.n_head % config.n_kv_head:
@@ -130,17 +130,12 @@ def make_model(config, vocab, dtype=torch.float32):
     shape = {name: getattr(config, name) for name in names if hasattr(config, name)}
     ids = {"vocab_size": vocab.size, "streams": vocab.streams, "text": vocab.text, "n_special": N_SPECIAL,
            "published": vocab.published}
-    return Model(ModelConfig(**ids, **shape), dtype)
-
-
-def meta_model(config, vocab, dtype=torch.float32):
-    """`make_model` without memory: names and shapes only."""
     with torch.device("meta"):
-        return make_model(config, vocab, dtype)
+        return Model(ModelConfig(**ids, **shape), dtype)
 
 
 def empty_model(config, vocab, dtype=torch.float32, device="cpu"):
-    """`make_model` without a stop at PyTorch's default weights: memory that holds anything."""
+    """The Config's model in memory that holds anything: without a stop at PyTorch's default weights."""
     return meta_model(config, vocab, dtype).to_empty(device=device)
 
 

@@ -2,14 +2,13 @@
 import dataclasses
 
 import pytest
-import torch
 from conftest import ROOT
 
 import prepare
 from config import Config, check, load_config, read_config, save_config
 from convert import KNOWN_BODIES
 from interleave import Vocab
-from parallel import make_model
+from parallel import meta_model
 
 
 def test_flags_win_over_the_file(tmp_path):
@@ -49,9 +48,7 @@ def test_every_config_file_is_valid_and_prepare_shares_our_names():
 def test_the_four_sizes_have_the_published_parameter_counts(name, n_text, size):
     """In millions, with the vocabulary of the published checkpoints; built without memory."""
     config = load_config([str(ROOT / f"configs/{name}.py")])
-    with torch.device("meta"):
-        vocab = Vocab(config.n_semantic, config.n_acoustic, config.n_level, n_text, n_tail=70)
-        model = make_model(config, vocab)
+    model = meta_model(config, Vocab(config.n_semantic, config.n_acoustic, config.n_level, n_text, n_tail=70))
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == size
     body = KNOWN_BODIES[config.n_layer, config.d_model]
     assert body == {field: getattr(config, field) for field in body}

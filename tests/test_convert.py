@@ -291,11 +291,10 @@ from torch.distributed.fsdp import fully_shard
 from config import Config
 from interleave import Vocab
 from checkpoint import starting_weights
-from parallel import make_model
+from parallel import meta_model
 dist.init_process_group("gloo")
 config, vocab = Config(**json.load(open(sys.argv[1]))), Vocab(10, 8, 8, 96)
-with torch.device("meta"):
-    model = make_model(config, vocab)
+model = meta_model(config, vocab)
 for block in model.blocks:
     fully_shard(block)
 fully_shard(model)
