@@ -9,21 +9,31 @@ Helper, outside the reading order:
       do semantic tokens tell words apart, whoever speaks them? X and A are one word by two speakers, B is
       another word by A's: how often is X nearer to B (edit distance of the tokens)? 50 % is chance. Where
       words are comes from the first folder's align.npz (align.py); the others hold the same utterances.
+  python judge.py cost facebook/hubert-base-ls960 descript/dac_16khz models/lyra out/numbers/audio_tokenizer
+      how fast are encoders, codecs and tokenizers on one core, and what would 213,000 hours of speech cost,
+      OpusLM's, by the FLOPs of their matrix products and convolutions on an H100 in fp32 at 40 % of its peak?
 """
 import argparse
 import os
 import time
 
 import numpy as np
+import soxr
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from corpora import Manifest
 from data import Dataset
 from interleave import changes
 from prepare import read_utterance
+from pretrained import Lyra, NeuralCodec, SpeechEncoder
 from script import run_script
 from tokenize_audio import SAMPLE_RATE, Tokenizer
 from wer import comparable, edit_distance, interval, open_whisper, word_errors
+
+SECONDS, HOURS = 12.6, 213_000      # of an utterance, LibriSpeech's mean; of speech in arXiv 2506.17611
+H100 = 0.4 * 67e12                  # FLOP a second in fp32
 
 
 def judge_sound(tokenizer, wavs, texts, whisper=None):
@@ -109,6 +119,42 @@ def judge_words(folders, n=3000, letters=4, seed=0):
     return [wrong(dataset) for dataset in datasets]
 
 
+def directions(name):
+    """A network or tokenizer -> {"encoding": function of a wav at 16 kHz, "decoding": function of what that
+    returns}, what it has of them."""
+    if os.path.isfile(f"{name}/soundstream_encoder.tflite"):
+        lyra = Lyra(name)
+        return {"encoding": lyra.features, "decoding": lyra.sound}
+    if os.path.isfile(f"{name}/audio_tokenizer.json"):
+        tokenizer = Tokenizer.load(name)
+        return {"encoding": tokenizer.encode, "decoding": tokenizer.decode}
+    try:
+        return {"encoding": SpeechEncoder(name).features}
+    except ValueError:
+        codec = NeuralCodec(name, frame_hz=None)
+        return {"encoding": lambda wav: codec.codes(soxr.resample(wav, SAMPLE_RATE, codec.rate)),
+                "decoding": codec.sound}
+
+
+def cost(name, turns=3):
+    """-> [(direction, times real time on one core, FLOP of SECONDS of speech)]; 0 where torch does not do it,
+    and of what it does products and convolutions alone."""
+    rng, rows = np.random.default_rng(0), []
+    given = rng.normal(0, 0.05, int(SECONDS * SAMPLE_RATE)).astype(np.float32)
+    for direction, work in directions(name).items():
+        times, made = [], work(given)
+        for _ in range(turns):
+            began = time.process_time()
+            work(given)
+            times.append(time.process_time() - began)
+        counter = FlopCounterMode(display=False)        # knows the plain form of attention
+        with counter, sdpa_kernel(SDPBackend.MATH):
+            work(given)
+        rows.append((direction, SECONDS / min(times), counter.get_total_flops()))
+        given = made
+    return rows
+
+
 def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -121,11 +167,22 @@ def main(arguments):
     words = commands.add_parser("words")
     words.add_argument("data", nargs="+", help="prepared folders")
     words.add_argument("--n", type=int, default=3000, help="triples")
+    costs = commands.add_parser("cost")
+    costs.add_argument("network", nargs="+", help="folders, or hub ids, of encoders, codecs, tokenizers")
     args = parser.parse_args(arguments)
     if args.what == "words":
         for folder, (error, low, high) in zip(args.data, judge_words(args.data, args.n)):
             print(f"{folder}: {error:.1f} % ({low:.1f} to {high:.1f}) of {args.n} choices between two words "
                   "are wrong")
+        return
+    if args.what == "cost":
+        torch.set_num_threads(1)
+        for name in args.network:
+            for direction, speed, flops in cost(name):
+                gpu = flops * HOURS / SECONDS / H100
+                core = HOURS / speed
+                print(f"{name}: {direction} {speed:.1f} times real time, {core:,.0f} core-hours in all" + (
+                      f"; {flops / 1e9:.0f} GFLOP an utterance, {gpu:,.0f} H100-hours" if flops else ""))
         return
     manifest, wavs, texts = Manifest(args.manifest), [], []
     numbers = manifest.numbers("unseen")

@@ -205,7 +205,7 @@ class Lyra:
 
 class NeuralCodec:
     """DAC, X-codec, EnCodec or Mimi of transformers, or ESPnet's codec (a .pth file with config.yaml beside):
-    its first n_level levels of codes, frame_hz times a second."""
+    its first n_level levels of codes, frame_hz times a second (None: any number of times)."""
 
     def __init__(self, name, n_level=8, device="cpu", frame_hz=FRAME_HZ):
         if name.endswith(".pth"):
@@ -231,7 +231,7 @@ class NeuralCodec:
 
     def check_rate(self, name, frame_hz):
         found = len(self.codes(np.zeros(8 * self.rate, np.float32))) / 8
-        if abs(found - frame_hz) > 0.5:
+        if frame_hz and abs(found - frame_hz) > 0.5:
             raise ValueError(f"{name} makes {found:.4g} frames a second, we need {frame_hz:g}; DAC at 16 kHz "
                              f"and X-codec make 50. To take it as it is: --frame_hz={found:.4g}")
 

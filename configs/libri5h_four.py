@@ -9,3 +9,4 @@ row_frames = 1792           # 30 s of speech with its voice and text
 max_steps = 700
 lr = 2e-4
 warmup = 0.03               # AdamW's moments start anew
+tts_utterances = 40

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT, run_here
 
 from data import Dataset
-from judge import judge_sound, judge_words, merged
+from judge import cost, judge_sound, judge_words, merged
 from tokenize_audio import Tokenizer, load_audio
 
 
@@ -51,3 +51,20 @@ def test_sound_is_judged_beside_the_originals(tiny_data):
     for measure, least in (("STOI", 0.5), ("PESQ, wide band", 1)):
         mean, low, high = found.get(measure, (2, 2, 2))
         assert least < low <= mean <= high
+
+
+def test_the_cost_of_a_tokenizer_is_that_of_its_products(tmp_path, tiny_data):
+    """What a layer adds is known: 2 FLOP for each weight and frame, and 4 T^2 D for its attention."""
+    transformers = pytest.importorskip("transformers")
+    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    less = {}
+    for layers in (1, 2):
+        config = transformers.HubertConfig(**shape | {"num_hidden_layers": layers}, conv_dim=(8,) * 7,
+                                           num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2)
+        transformers.HubertModel(config).save_pretrained(tmp_path / f"{layers}")
+        [(direction, speed, less[layers])] = cost(str(tmp_path / f"{layers}"), turns=1)
+        assert direction == "encoding" and speed > 1
+    T = 630
+    assert less[2] - less[1] == 2 * T * (4 * 32 * 32 + 2 * 32 * 64) + 4 * T * T * 32
+    code, out, err = run_here(ROOT / "judge.py", "cost", f"{tiny_data}/audio_tokenizer")
+    assert code == 0 and out.count("times real time") == 2, err
