@@ -18,7 +18,7 @@ import torch
 from heads import stream_logits
 from interleave import N_SPECIAL, TEXT, build_sequence, speech_frames, training_rows, undelay
 from plot import in_grey
-from tokenize_audio import SAMPLE_RATE, Tokenizer, load_audio, save_audio
+from tokenize_audio import SAMPLE_RATE, load_audio, save_audio
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -126,7 +126,7 @@ def colour(p):
     return "#ccc" if np.isnan(p) else f"hsl({120 * p:.0f} 75% 70%)"
 
 
-def picture(task, wav, names, seen, text, frame_s):
+def picture(task, wav, names, seen, text):
     """Spectrogram, probabilities, entropies and attention over one axis of time -> PNG as a data URI."""
     import matplotlib
     matplotlib.use("Agg")
@@ -140,16 +140,14 @@ def picture(task, wav, names, seen, text, frame_s):
     axes[0].specgram(wav, NFFT=512, Fs=SAMPLE_RATE, noverlap=352, vmin=-140, cmap="magma")
     axes[0].set(ylabel="Hz", title="spectrogram")
     if task != "asr":
-        p = probability[speech].T.numpy()                                       # (N, L)
-        image = axes[1].imshow(p, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest",
-                               extent=(0, seconds, len(names) - 0.5, -0.5))
-        axes[1].set(yticks=range(len(names)), yticklabels=names, title="probability of the token said")
-        figure.colorbar(image, ax=axes[1], pad=0.01)
-        time = (np.arange(len(speech)) + 0.5) * frame_s
-        for n in {0, 1, len(names) - 1}:
-            axes[2].plot(time, entropy[speech, n], label=names[n], linewidth=1)
-        axes[2].set(ylabel="bits", title="entropy: how undecided the model was")
-        axes[2].legend(fontsize=8, loc="upper right", framealpha=0.3)
+        shown = ((probability, 1, "viridis", "probability of the token said"),
+                 (entropy, None, "cividis", "entropy in bits: how undecided the model was"))
+        for axis, (values, top, colours, title) in zip(axes[1:], shown):
+            image = axis.imshow(values[speech].T.numpy(), aspect="auto", vmin=0, vmax=top,          # (N, L)
+                                cmap=colours, interpolation="nearest",
+                                extent=(0, seconds, len(names) - 0.5, -0.5))
+            axis.set(yticks=range(len(names)), yticklabels=names, title=title)
+            in_grey(figure.colorbar(image, ax=axis, pad=0.01).ax)
     where = alignment.map.T if task != "asr" else alignment.map                 # (text, speech)
     axes[-1].imshow(where, aspect="auto", cmap="viridis", interpolation="nearest",
                     extent=(0, seconds, len(where) - 0.5, -0.5))
@@ -193,7 +191,7 @@ def page(speaker, task, text, wavs, entries, about, head=None):
                         for k, code in enumerate(codes))
         rows.append(f"<tr><th>{name}</th>{cells}</tr>")
     first = next(iter(wavs.values()))
-    image = picture(task, first, names, seen, words, 1 / Tokenizer.frame_hz)
+    image = picture(task, first, names, seen, words)
     coloured = "; green: sure, red: not" if task == "asr" else ""
     return f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -208,6 +206,10 @@ def page(speaker, task, text, wavs, entries, about, head=None):
 """
 
 
+def how_it_ended(ended):
+    return "ended by itself" if ended else "cut at its limit"
+
+
 def explain_tts(speaker, text, prompt, generator, head=None):
     """Speak a text, in a voice prompt [codes (T, N)] or None, and show what went on -> (HTML, wav)."""
     [(codes, ended)] = speaker.synthesise([text], [prompt], generator)
@@ -216,8 +218,7 @@ def explain_tts(speaker, text, prompt, generator, head=None):
     c, wav = speaker.config, speaker.decode(codes)
     task, entries = speaker.tts_entries(text, prompt)
     entries["speech"] = speech_frames(speaker.vocab, codes)
-    about = (f"{speaker.run}: {len(codes)} frames, {len(wav) / SAMPLE_RATE:.2f} s, "
-             + ("ended by itself" if ended else "cut at its limit"))
+    about = f"{speaker.run}: {len(codes)} frames, {len(wav) / SAMPLE_RATE:.2f} s, {how_it_ended(ended)}"
     wavs = {"spoken by the model": wav}
     if prompt is not None:
         wavs["voice prompt"] = speaker.decode(prompt[:c.prompt_len])
@@ -227,13 +228,14 @@ def explain_tts(speaker, text, prompt, generator, head=None):
 def explain_asr(speaker, wav, head=None):
     """Read a recording and show what went on -> (HTML, text)."""
     codes = speaker.encode(wav)
-    [text] = speaker.transcribe([codes])
+    [(text, ended)] = speaker.recognise([codes])
     if not text.strip():
         raise ValueError("the model heard nothing: there is nothing to look at")
     speech = speech_frames(speaker.vocab, codes, speaker.config.semantic_asr)
     about = f"{speaker.run}: {len(wav) / SAMPLE_RATE:.2f} s, {len(speech)} speech frames"
     if speaker.config.semantic_asr:
         about += f" of {len(codes)}: repeated tokens are left out, and the picture's time is a little off"
+    about += f"; the text {how_it_ended(ended)}"
     entries = {"speech": speech, "text": speaker.ids(text)}
     return page(speaker, "asr", text, {"what it heard": wav}, entries, about, head), text
 

@@ -8,7 +8,7 @@ from conftest import ROOT, run_here
 import explain
 from data import Dataset
 from heads import token_losses
-from interleave import build_sequence, speech_frames, text_frames, training_rows
+from interleave import build_sequence, speech_codes, speech_frames, text_frames, training_rows
 from speaker import Speaker
 
 
@@ -59,6 +59,31 @@ def test_the_head_that_follows_is_found():
     asked = explain.Alignment(speech, text, (0, 2))
     asked(0, attention)
     assert (asked.layer, asked.head) == (0, 2)
+
+
+def test_the_picture_has_every_stream(example, monkeypatch):
+    """Probability and entropy of all nine, a row each."""
+    axes = pytest.importorskip("matplotlib.axes")
+    speaker, entries = example
+    seen, drawn, imshow = explain.look(speaker, "tts", entries), [], axes.Axes.imshow
+    monkeypatch.setattr(axes.Axes, "imshow", lambda self, values, *other, **style: (
+        drawn.append(values), imshow(self, values, *other, **style))[1])
+    explain.picture("tts", torch.zeros(16000).numpy(), speaker.vocab.stream_names, seen, ["seven"])
+    _, probability, entropy, speech, _, _ = seen
+    for values, expected in zip(drawn[1:], (probability, entropy)):         # the first is the spectrogram
+        torch.testing.assert_close(torch.from_numpy(values), expected[speech].T)
+
+
+@pytest.mark.parametrize("ended, words", [(True, "ended by itself"), (False, "cut at its limit")])
+def test_the_page_says_how_it_ended(example, ended, words, monkeypatch):
+    speaker, entries = example
+    codes = speech_codes(speaker.vocab, entries["speech"])
+    monkeypatch.setattr(Speaker, "recognise", lambda self, codes: [("seven three", ended)])
+    monkeypatch.setattr(Speaker, "synthesise", lambda self, *given: [(codes, ended)])
+    monkeypatch.setattr(explain, "picture", lambda *given: "")
+    read, _ = explain.explain_asr(speaker, torch.zeros(16000).numpy())
+    spoken, _ = explain.explain_tts(speaker, "seven", codes.numpy(), None)
+    assert words in read and words in spoken
 
 
 def test_the_command_writes_a_page_that_needs_nothing_else(tiny_run, tiny_data, tmp_path):
