@@ -3,10 +3,11 @@
 Helper of sample.py:  pip install -e '.[demo]' && python demo.py out/numbers
 Type a text and hear it in the voice of a recording while it is made, have speech read, have it continued, and
 look inside (explain.py). The page is served to this machine only, unless --host says otherwise. Nobody's
-upload can hurt: size and length are limited, what is not audio is a message, one request runs at a time.
+upload can hurt: size, length and time are limited, what is not audio is a message, one request runs at once.
 Gradio plays sound while it is made only where ffmpeg is installed; without it, all of it at the end.
 """
 import argparse
+import contextlib
 import functools
 import html
 import os
@@ -17,6 +18,7 @@ import gradio
 import numpy as np
 import soundfile
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from data import Dataset
 from eval import find_data
@@ -26,16 +28,40 @@ from speaker import Speaker, cut_text
 from tokenize_audio import SAMPLE_RATE, load_audio
 
 MAX_SECONDS, MAX_LETTERS, MAX_UPLOAD = 60, 500, "30mb"
+MAX_WORK_S = 120            # of a request, once it is its turn
 STREAMS = shutil.which("ffmpeg") is not None
 ABOUT = "Speech and text by one small language model ({run}, {size:.1f}M parameters). "
 
 
+class OutOfTime(ValueError):
+    pass
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    """OutOfTime from the model's next product after so many seconds. A thread can't be stopped from outside,
+    and lengths alone bound the steps, but not how long a large model takes for one."""
+    end = time.monotonic() + seconds
+
+    def look_at_the_clock(module, inputs):
+        if time.monotonic() > end:
+            hook.remove()               # a page that was left amid its request must not stop the next one's
+            raise OutOfTime(f"cut: out of time, after {seconds:.0f} s; try something shorter")
+
+    hook = register_module_forward_pre_hook(look_at_the_clock)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def said_kindly(work):
-    """A function for the page: what is wrong with somebody's input becomes a message there."""
+    """A function for the page, which ends in time: what is wrong with an input becomes a message there."""
     @functools.wraps(work)
     def kind(*arguments):
         try:
-            yield from work(*arguments)
+            with time_limit(MAX_WORK_S):
+                yield from work(*arguments)
         except (ValueError, OSError) as problem:
             raise gradio.Error(str(problem), title="That did not work", print_exception=False) from None
     return kind
@@ -114,23 +140,28 @@ def actions(speaker):
         prompt = prompt_of(voice)
         began, first, pieces, ends = time.time(), None, [], []
 
-        def noted(stream):
-            ends.append((yield from stream))
+        def spoken():
+            try:
+                for part in cut_text(text):
+                    ends.append((yield from speaker.synthesise_stream(part, prompt, generator)))
+            except OutOfTime:
+                if not pieces:
+                    raise
+                ends.append(None)
 
-        for part in cut_text(text):
-            for piece in noted(speaker.synthesise_stream(part, prompt, generator)):
-                if len(piece):
-                    first = first or time.time() - began
-                    pieces.append(piece)
-                    yield (sound(piece) if STREAMS else None, None,
-                           f"speaking: {sum(map(len, pieces)) / SAMPLE_RATE:.1f} s so far")
+        for piece in spoken():
+            if len(piece):
+                first = first or time.time() - began
+                pieces.append(piece)
+                yield (sound(piece) if STREAMS else None, None,
+                       f"speaking: {sum(map(len, pieces)) / SAMPLE_RATE:.1f} s so far")
         if not pieces:
             raise ValueError("the model ended at once and said nothing: try another seed")
         wav, took = np.concatenate(pieces), time.time() - began
         seconds = len(wav) / SAMPLE_RATE
+        how = ", cut: out of time" if None in ends else "" if all(ends) else ", cut at its limit"
         yield None, sound(wav), (f"{seconds:.2f} s of sound in {took:.2f} s ({seconds / took:.1f} times real "
-                                 f"time), the first after {first:.2f} s"
-                                 + ("" if all(ends) else ", cut at its limit"))
+                                 f"time), the first after {first:.2f} s{how}")
 
     def read(speech):
         """-> (text, a line)"""
@@ -161,6 +192,7 @@ def make_page(speaker):
     """Speaker -> gradio.Blocks. Held-out recordings of its data are there to pick a voice from."""
     speak, read, go_on, look_at_speech, look_at_reading = actions(speaker)
     upload = functools.partial(gradio.Audio, type="filepath", sources=["upload", "microphone"])
+    one = {"concurrency_id": "the model", "concurrency_limit": 1}   # else each button has a queue of its own
     size = sum(p.numel() for p in speaker.model.parameters()) / 1e6
     with gradio.Blocks(title="nanoOpusLM", analytics_enabled=False) as blocks:
         gradio.Markdown("# nanoOpusLM\n" + ABOUT.format(run=speaker.run, size=size))
@@ -180,8 +212,8 @@ def make_page(speaker):
                     whole = gradio.Audio(label="All of it", elem_id="whole")
                     note = gradio.Markdown(elem_id="speak-note")
             inside = gradio.HTML()
-            say.click(speak, [text, voice, seed], [live, whole, note], api_name="speak")
-            look.click(look_at_speech, [text, voice, seed], inside, api_name="look_at_speech")
+            say.click(speak, [text, voice, seed], [live, whole, note], api_name="speak", **one)
+            look.click(look_at_speech, [text, voice, seed], inside, api_name="look_at_speech", **one)
         with gradio.Tab("Read"):
             with gradio.Row():
                 speech = upload(label="Speech", elem_id="read-speech")
@@ -190,8 +222,8 @@ def make_page(speaker):
                     note = gradio.Markdown()
             listen, look = gradio.Button("Read", variant="primary"), gradio.Button("Look inside")
             inside = gradio.HTML()
-            listen.click(read, speech, [heard, note], api_name="read")
-            look.click(look_at_reading, speech, inside, api_name="look_at_reading")
+            listen.click(read, speech, [heard, note], api_name="read", **one)
+            look.click(look_at_reading, speech, inside, api_name="look_at_reading", **one)
         with gradio.Tab("Continue"):
             with gradio.Row():
                 beginning = upload(label="The beginning")
@@ -200,8 +232,8 @@ def make_page(speaker):
                     note = gradio.Markdown()
             seed = gradio.Number(0, label="Seed", precision=0)
             more = gradio.Button("Go on", variant="primary")
-            more.click(go_on, [beginning, seed], [continued, note], api_name="go_on")
-    return blocks.queue(default_concurrency_limit=1, max_size=16)
+            more.click(go_on, [beginning, seed], [continued, note], api_name="go_on", **one)
+    return blocks.queue(max_size=16)
 
 
 def main(arguments):
