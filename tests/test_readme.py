@@ -1,4 +1,7 @@
-"""Claim: every command of README and docs/ runs, here in small, or says what it needs that is not here."""
+"""Claim: every command of README and docs/ runs, here in small, or says what it needs that is not here; what
+does not run here, or stands amid the text, is understood by its script."""
+import argparse
+import importlib
 import os
 import re
 import shlex
@@ -6,21 +9,29 @@ import shutil
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT, run_here
+from torch.distributed.run import get_args_parser
 
+import plan
 import prepare
+from config import Config, load_config, read_arguments
 from data import Dataset
 
 ELSEWHERE = [       # .ci/run installs and tests; test_demo.py opens the page; test_train.py runs the last two
     "pip install -e . && python train.py configs/numbers.py", "pip install -e '.[test]' && pytest",
     "pip install -e '.[demo]' && python demo.py",
     "python train.py configs/numbers.py --max_steps=20", "torchrun --nproc_per_node=2 train.py"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def block_lines():
+    blocks = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.S)]
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
 
 
 def commands():
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    blocks = [block for page in pages for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.S)]
-    lines = [line for block in blocks for line in block.splitlines() if line.strip()]
+    lines = block_lines()
     lines = [line for line in lines if not line.startswith(tuple(ELSEWHERE))]
     return [line for line in lines if not re.search("needs (data|GPU)", line)]
 
@@ -64,3 +75,109 @@ def test_every_command_runs(tiny_run, tiny_data, tiny_flags, tmp_path, monkeypat
         result = subprocess.run(words, capture_output=True, text=True)
         assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
     assert len(commands()) >= 12
+
+
+# ---- what is not run is understood -------------------------------------------------------------------------
+
+ELSEWHERE_MADE = "ct2-transformers-converter", "lm_eval"
+CONFIGURED = "train.py", "anneal.py", "prepare.py"          # their flags are settings, the others' argparse's
+
+
+def spans():
+    """What stands as code amid the text of all pages, each span in one line."""
+    texts = [re.sub(r"```.*?```", "", page.read_text(), flags=re.S) for page in PAGES]
+    return [" ".join(span.split()) for text in texts for span in re.findall(r"`([^`]+)`", text)]
+
+
+def whole_commands():
+    """In blocks and amid the text, without comments; a part of one may have a script alone or flags alone."""
+    lines = [re.split(" {2,}#", line)[0] for line in [*block_lines(), *spans()]]
+    parts = [part.strip() for line in lines for part in re.split("&&|[|] ", line)]
+    return [part for part in dict.fromkeys(parts) if re.match("(python|torchrun) .*[.]py", part)]
+
+
+def has_parser(script):
+    return "ArgumentParser(" in (ROOT / script).read_text()
+
+
+def stop_after(parse):
+    def parsed(*given):
+        parse(*given)
+        raise InterruptedError
+    return parsed
+
+
+def understand(command, monkeypatch):
+    """Have its script read a whole command, and stop there. "..." stands for more of the same."""
+    program, *words = [word for word in shlex.split(command, comments=True) if word != "..."]
+    if program == "torchrun":
+        launch = get_args_parser().parse_args(words)
+        words = [launch.training_script, *launch.training_script_args]
+    script, *words = words
+    if words[:1] in (["fit-semantic"], ["fit-acoustic"]):
+        script = "fit.py"                                   # tokenize_audio.py hands these on
+    if script == "prepare.py":
+        prepare.parse_settings(words)
+    elif script in CONFIGURED:
+        read_arguments([word for word in words if word != "--resume"])
+    elif has_parser(script):
+        parser = argparse.ArgumentParser
+        monkeypatch.setattr(parser, "parse_args", stop_after(parser.parse_args))
+        monkeypatch.setattr(plan, "load_config", stop_after(load_config))
+        with pytest.raises(InterruptedError):
+            importlib.import_module(script.removesuffix(".py")).main(words)
+    elif any(word.startswith("-") for word in words):
+        raise ValueError(f"{script} has no flags: {words}")
+
+
+def flags_of(script, *words):
+    """All flags of a script, and of its command `words`."""
+    if script in CONFIGURED:
+        return {f"--{name}" for name in [*vars(Config()), "resume", "part", "device"]}
+    return set(re.findall(r"--[\w-]+", run_here(ROOT / script, *words, "--help")[1]))
+
+
+@pytest.mark.parametrize("command", whole_commands())
+def test_every_command_is_understood(command, monkeypatch):
+    """Its script is there, its config too, and its flags have such names and values."""
+    if "demo.py" in command:
+        pytest.importorskip("gradio", reason="pip install -e '.[demo]'")
+    monkeypatch.chdir(ROOT)
+    understand(command, monkeypatch)
+
+
+@pytest.mark.parametrize("command", [
+    "python nothing.py", "python train.py configs/nothing.py", "python train.py --nothing=1",
+    "python eval.py out/a --n=many", "torchrun --nothing=1 train.py", "python interleave.py --nothing",
+    "python plan.py configs/7b.py --nothing=1", "python prepare.py --nothing=1", "python judge.py nothing a"])
+def test_a_wrong_command_is_noticed(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises((SystemExit, ValueError, OSError)):
+        understand(command, monkeypatch)
+
+
+def test_flags_amid_the_text_are_there():
+    """`eval.py --whisper`, a part of a command, is a flag of that script; `--lower` alone, of one of them."""
+    scripts = [path.name for path in ROOT.glob("*.py") if path.name != "demo.py" and has_parser(path.name)]
+    known = set().union(*map(flags_of, [*scripts, "train.py"]), flags_of("sample.py", "export"),
+                        *(flags_of("judge.py", what) for what in ("sound", "words")),
+                        get_args_parser()._option_string_actions)
+    n = 0
+    for span in spans():
+        first, *words = span.split()
+        flags = {word.split("=")[0] for word in [first, *words] if word.startswith("--")}
+        if (ROOT / first).is_file() and flags:
+            allowed = flags_of(first, *(word for word in words if not word.startswith("--")))
+        else:
+            allowed = known
+        if first not in ELSEWHERE_MADE:
+            assert flags <= allowed, f"`{span}`: there is no {flags - allowed}"
+            n += len(flags)
+    assert n >= 20
+
+
+def test_extras_are_there():
+    """pip goes on without an extra that it does not know, and says so in one line of many."""
+    named = {name for page in PAGES for some in re.findall(r"[.]\[(\w[\w,]*)\]'", page.read_text())
+             for name in some.split(",")}
+    assert named and named <= set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M))
