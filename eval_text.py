@@ -9,9 +9,7 @@ ask as MMLU does: five answered examples of the subject before it, letters as an
 an answer in words, after "Question: ... Answer:", as ARC has it, or, of files that are --endings, right after
 the question, as lm-evaluation-harness has OpenBookQA and HellaSwag. The likeliest wins, as it is (acc) or by
 its bytes (acc_norm).
-The hub's own versions, by lm-evaluation-harness:
-  python sample.py export out/mine folder --text-only
-  lm_eval --model hf --model_args pretrained=folder --tasks mmlu,arc_easy,hellaswag,openbookqa
+The hub's own versions, asked by lm-evaluation-harness: lm_eval_model.py.
 """
 import argparse
 import dataclasses
@@ -23,7 +21,8 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import starting_weights
-from interleave import text_frames
+from heads import stream_logits
+from interleave import EOS, text_frames
 from parallel import empty_model
 from script import run_script
 from speaker import Speaker
@@ -33,17 +32,23 @@ from wer import interval
 SHOTS, WINDOW, BATCH = 5, 1024, 2048        # examples before an MMLU question; tokens of a text; of a batch
 
 
-@torch.no_grad()
 def log_probabilities(model, vocab, documents):
-    """[(ids, n)] -> [(n,)] log probabilities of the last n ids of each document, given what is before.
+    """[(ids, n)] -> [(n,)] log probabilities of the last n ids of each document, given what is before."""
+    return [found for found, _ in predictions(model, vocab, documents)]
 
-    Documents that differ in their last id alone, as the letters after an MMLU question do, are read once.
+
+@torch.no_grad()
+def predictions(model, vocab, documents):
+    """[(ids, n)], 0 < n < len(ids) -> [(log probabilities (n,), greedy (n,))] of the last n ids of each.
+
+    Log probabilities are among texts that go on; greedy: no other id, nor the end, is likelier, so that
+    greedy decoding takes this one. Documents that differ in their last id alone, as the letters after an
+    MMLU question do, are read once.
     """
     same, results = {}, {}
     for k, (ids, _) in enumerate(documents):
         same.setdefault(tuple(ids[:-1]), []).append(k)
     order = sorted(same, key=len)
-    table = model.lm_head[slice(*vocab.text)]
     with tqdm(total=len(order), desc="reading", mininterval=2, disable=len(order) < 50) as bar:
         while order:
             group, size = [], 0
@@ -53,13 +58,26 @@ def log_probabilities(model, vocab, documents):
             lengths = [len(read) for read in group]
             hidden = model(torch.cat([text_frames(vocab, read) for read in group]), lengths)    # (S, D)
             for read, part in zip(group, hidden.split(lengths)):
-                most = max(documents[k][1] for k in same[read])
-                scores = (part[-most:] @ table.T.to(part.dtype)).float().log_softmax(1)     # (most, n_text)
+                part = part[-max(documents[k][1] for k in same[read]):]                     # (most, D)
+                logits = stream_logits(model, part, 0, slice(*vocab.text))                  # (most, n_text)
+                best = torch.maximum(logits.amax(1), stream_logits(model, part, 0, [EOS])[:, 0])    # (most,)
+                total = logits.logsumexp(1)                                                 # (most,)
                 for k in same[read]:
                     ids, n = documents[k]
-                    results[k] = scores[-n:].gather(1, torch.tensor(ids[-n:])[:, None])[:, 0]   # (n,)
+                    own = logits[-n:].gather(1, torch.tensor(ids[-n:])[:, None])[:, 0]      # (n,)
+                    results[k] = own - total[-n:], own == best[-n:]
             bar.update(len(group))
     return [results[k] for k in range(len(documents))]
+
+
+def windows(ids):
+    """A long text's ids -> documents [(ids, n)] of at most WINDOW ids that predict each id but the first
+    once, given at least half a window of what is before (where there is so much)."""
+    documents = [(ids[:WINDOW], min(len(ids), WINDOW) - 1)] if len(ids) > 1 else []
+    for start in range(WINDOW, len(ids), WINDOW // 2):
+        end = min(start + WINDOW // 2, len(ids))
+        documents.append((ids[end - WINDOW:end], end - start))
+    return documents
 
 
 def bits_per_byte(model, vocab, tokenizer, text):
@@ -68,11 +86,7 @@ def bits_per_byte(model, vocab, tokenizer, text):
     ids = tokenizer.encode(text)
     if len(ids) < 2:
         raise ValueError("the text is too short to be predicted")
-    documents = [(ids[:WINDOW], min(len(ids), WINDOW) - 1)]
-    for start in range(WINDOW, len(ids), WINDOW // 2):
-        end = min(start + WINDOW // 2, len(ids))
-        documents.append((ids[end - WINDOW:end], end - start))
-    nats = -sum(float(part.sum()) for part in log_probabilities(model, vocab, documents))
+    nats = -sum(float(part.sum()) for part in log_probabilities(model, vocab, windows(ids)))
     n_byte = len(tokenizer.decode(ids[1:]).encode())
     return nats / n_byte / math.log(2), math.exp(nats / (len(ids) - 1))
 
@@ -95,18 +109,23 @@ def ask(row, shots):
     return context, [f" {letter}" for letter in letters]
 
 
+def join(tokenizer, context, continuation):
+    """-> (ids of both, n): the last n are the continuation's. After no context it starts from its own first
+    token, which nothing predicts: n is one less."""
+    ids, whole = tokenizer.encode(context), tokenizer.encode(context + continuation)
+    n = len(whole) - len(ids)
+    if whole[:len(ids)] != ids or n < 1:                # the border fell inside a token
+        after = tokenizer.encode(continuation)
+        whole, n = ids + after, len(after)
+    return whole, min(n, len(whole) - 1)
+
+
 def choice_scores(model, vocab, tokenizer, rows, shots=()):
     """Log probability of each choice of each question, whole questions as they are -> [[float]]."""
     documents, counts = [], []
     for row in rows:
         context, choices = ask(row, shots)
-        ids = tokenizer.encode(context)
-        for choice in choices:
-            whole = tokenizer.encode(context + choice)
-            n = len(whole) - len(ids)
-            if whole[:len(ids)] != ids or n < 1:        # the border fell inside a token
-                whole, n = ids + tokenizer.encode(choice), len(tokenizer.encode(choice))
-            documents.append((whole, n))
+        documents += [join(tokenizer, context, choice) for choice in choices]
         counts.append(len(choices))
     found = iter(log_probabilities(model, vocab, documents))
     return [[float(next(found).sum()) for _ in range(count)] for count in counts]

@@ -31,8 +31,13 @@ def speaker(tiny_run):
     return Speaker(tiny_run, dtype="float32")
 
 
-def test_log_probabilities_are_those_of_the_logits_alone_or_together(speaker):
-    """Also of documents that differ in their last id only, of which one is read."""
+@pytest.mark.parametrize("published", [False, True])
+def test_log_probabilities_are_those_of_the_logits_alone_or_together(speaker, published, monkeypatch):
+    """Also of documents that differ in their last id only, of which one is read, and of a published model,
+    whose text has a bias of its own."""
+    monkeypatch.setattr(speaker.model.config, "published", published)
+    bias = torch.randn(speaker.model.head_emb.shape, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(speaker.model.head_emb, "data", bias)
     documents = [([3, 1, 4, 1, 5, 9], 2), ([2, 6], 1), ([5, 3, 5, 8, 9, 7, 9], 6), ([3, 1, 4, 1, 5, 2], 1)]
     together = log_probabilities(speaker.model, speaker.vocab, documents)
     for (ids, n), found in zip(documents, together):
