@@ -24,7 +24,7 @@ from data import Dataset
 from eval import find_data
 from explain import explain_asr, explain_tts
 from script import run_script
-from speaker import Speaker, cut_text
+from speaker import Speaker
 from tokenize_audio import SAMPLE_RATE, load_audio
 
 MAX_SECONDS, MAX_LETTERS, MAX_UPLOAD = 60, 500, "30mb"
@@ -142,8 +142,7 @@ def actions(speaker):
 
         def spoken():
             try:
-                for part in cut_text(text):
-                    ends.append((yield from speaker.synthesise_stream(part, prompt, generator)))
+                ends.append((yield from speaker.synthesise_stream(text, prompt, generator)))
             except OutOfTime:
                 if not pieces:
                     raise

@@ -27,9 +27,10 @@ from parallel import empty_model
 from script import run_script
 from speaker import Speaker
 from tokenize_text import TOKENIZER_FILES, TextTokenizer, find_folder
-from wer import interval
+from wer import file_ending, home_of, interval, keep_results
 
 SHOTS, WINDOW, BATCH = 5, 1024, 2048        # examples before an MMLU question; tokens of a text; of a batch
+PIECE = 100                                 # tokens that a bootstrap draws together
 
 
 def log_probabilities(model, vocab, documents):
@@ -82,13 +83,17 @@ def windows(ids):
 
 def bits_per_byte(model, vocab, tokenizer, text):
     """How well a text is predicted, in windows of WINDOW tokens of which the second half counts: comparable
-    between tokenizers, as perplexity is not. -> (bits per byte, perplexity per token)."""
+    between tokenizers, as perplexity is not. -> (bits per byte, low, high), (perplexity per token, low,
+    high), 95 % intervals over pieces of PIECE tokens, and [[piece, its bits, its bytes]]."""
     ids = tokenizer.encode(text)
     if len(ids) < 2:
         raise ValueError("the text is too short to be predicted")
-    nats = -sum(float(part.sum()) for part in log_probabilities(model, vocab, windows(ids)))
-    n_byte = len(tokenizer.decode(ids[1:]).encode())
-    return nats / n_byte / math.log(2), math.exp(nats / (len(ids) - 1))
+    pieces = (-torch.cat(log_probabilities(model, vocab, windows(ids)))).split(PIECE)
+    nats, tokens = [float(piece.sum()) for piece in pieces], [len(piece) for piece in pieces]
+    each = len(tokenizer.decode(ids[1:]).encode()) / (len(ids) - 1)         # bytes a token
+    items = [[k, x / math.log(2), n * each] for k, (x, n) in enumerate(zip(nats, tokens))]
+    _, bits, n_byte = zip(*items)
+    return interval(bits, n_byte), tuple(math.exp(x) for x in interval(nats, tokens)), items
 
 
 def ask(row, shots):
@@ -132,13 +137,15 @@ def choice_scores(model, vocab, tokenizer, rows, shots=()):
 
 
 def multiple_choice(model, vocab, tokenizer, rows, shots=()):
-    """-> {"acc": (share, low, high), "acc_norm": ..., "n"}; low to high: the 95 % interval of a bootstrap."""
+    """-> {"acc": (share, low, high), "acc_norm": ..., "n"}, with 95 % intervals by bootstrap over questions,
+    and [[question, 100 if that was right, 1]]."""
     right, right_norm = [], []
     for row, plain in zip(rows, choice_scores(model, vocab, tokenizer, rows, shots)):
         by_byte = [score / len(choice.strip().encode()) for score, choice in zip(plain, ask(row, ())[1])]
         right.append(float(plain.index(max(plain)) == row["gold"]))
         right_norm.append(float(by_byte.index(max(by_byte)) == row["gold"]))
-    return {"acc": interval(right), "acc_norm": interval(right_norm), "n": len(rows)}
+    return ({"acc": interval(right), "acc_norm": interval(right_norm), "n": len(rows)},
+            [[row["question"], 100 * found, 1] for row, found in zip(rows, right)])
 
 
 def read_rows(path, limit=None):
@@ -189,26 +196,35 @@ def main(arguments):
         missing.append(args.before)
         print(f"{args.before}: not available: {problem}")
     shots, results = read_rows(args.shots) if args.shots and args.shots not in missing else [], {}
+    items = {}
     args.text, args.choices, args.endings = ([path for path in paths if path not in missing]
                                              for paths in (args.text, args.choices, args.endings))
     for name, (model, tokenizer) in models.items():
         result = results[name] = {}
         for path in args.text:
             with open(path, encoding="utf-8") as f:
-                result[path] = bits_per_byte(model, speaker.vocab, tokenizer, f.read())
-            print(f"{name}: {path}: {result[path][0]:.3f} bits a byte, perplexity {result[path][1]:.1f}")
+                bits, perplexity, pieces = bits_per_byte(model, speaker.vocab, tokenizer, f.read())
+            result[path] = {"bits a byte": bits, "perplexity": perplexity}
+            if name == args.run:
+                items[f"{path}, bits a byte"] = pieces
+            print(f"{name}: {path}: " + "{:.3f} ({:.3f} to {:.3f}) bits a byte, perplexity ".format(*bits)
+                  + "{:.1f} ({:.1f} to {:.1f})".format(*perplexity))
         for path in dict.fromkeys((*args.choices, *args.endings)):
             rows = [row | {"ending": path in args.endings} for row in read_rows(path, args.n)]
             if args.shots in missing and "subject" in rows[0]:
                 print(f"{name}: {path}: not available: it is asked after examples, which are in --shots")
                 continue
-            found = result[path] = multiple_choice(model, speaker.vocab, tokenizer, rows, shots)
+            found, answers = multiple_choice(model, speaker.vocab, tokenizer, rows, shots)
+            result[path] = found
+            if name == args.run:
+                items[f"{path}, % right"] = answers
             print(f"{name}: {path}: " + ", ".join(
                 "{} {:.1f} % ({:.1f} to {:.1f})".format(key, *(100 * x for x in found[key])) for key in (
                     "acc", "acc_norm")) + f", n={found['n']}", flush=True)
     if os.path.isdir(speaker.run):
-        with open(f"{speaker.run}/results_text.json", "w") as f:
-            json.dump(results, f, indent=1)
+        ending = file_ending(home_of(args.run)[1], n=args.n)
+        about = {"step": speaker.state.get("step"), "not_available": missing}
+        keep_results(speaker.run, ending, {"text": results | about}, items)
     return 3 if missing else 0
 
 

@@ -124,7 +124,7 @@ def rated(references, hypotheses, cap=False):
     return [[r, 100 * int(e), int(w)] for r, e, w in zip(references, errors, words)]
 
 
-def compare(first, second, n=2000, **ways):
+def compare(first, second, draws=2000, **ways):
     """Two evaluated runs on the same texts, utterance by utterance and question by question -> lines: each
     measure of both and the difference, with its 95 % interval by a bootstrap that draws the same for both.
     ways: as of file_ending."""
@@ -145,7 +145,7 @@ def compare(first, second, n=2000, **ways):
                                            f"only of {(second, first)[bool(keys[0])]}"))
             continue
         (a, of), (b, other_of) = (np.array([row[1:] for row in items], float).T for items in both)
-        picked = np.random.default_rng(0).integers(len(a), size=(n, len(a)))
+        picked = np.random.default_rng(0).integers(len(a), size=(draws, len(a)))
         picked = picked[(of[picked].sum(1) > 0) & (other_of[picked].sum(1) > 0)]
         again = b[picked].sum(1) / other_of[picked].sum(1) - a[picked].sum(1) / of[picked].sum(1)
         low, high = np.percentile(again, [2.5, 97.5])

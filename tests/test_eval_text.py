@@ -51,18 +51,23 @@ def test_a_text_counts_each_of_its_tokens_once(speaker):
     """In one window it is the plain sum; with windows each but the first token is still predicted once."""
     text = "seven three five one"
     ids = speaker.text_tokenizer.encode(text)
-    bits, perplexity = bits_per_byte(speaker.model, speaker.vocab, speaker.text_tokenizer, text)
+    judge = lambda text: bits_per_byte(speaker.model, speaker.vocab, speaker.text_tokenizer, text)
+    (bits, *_), (perplexity, *_), _ = judge(text)
     [found] = log_probabilities(speaker.model, speaker.vocab, [(ids, len(ids) - 1)])
     assert perplexity == pytest.approx(math.exp(-float(found.mean())))
     assert bits == pytest.approx(-float(found.sum()) / math.log(2) / len("three five one"))
-    long = bits_per_byte(speaker.model, speaker.vocab, speaker.text_tokenizer, "one two " * 1100)
-    assert 0 < long[0] < 20 and long[1] < 1000
+    (bits, low, high), (perplexity, *_), pieces = judge("one two " * 1100)
+    assert 0 < low <= bits <= high < 20 and perplexity < 1000 and len(pieces) == 22
+    _, found, n_byte = zip(*pieces)
+    assert bits == pytest.approx(sum(found) / sum(n_byte))
+    assert sum(n_byte) == pytest.approx(len("one two " * 1100) - len("one  ")), "without the first and last"
 
 
 def test_the_likeliest_choice_wins_and_letters_follow_their_examples(speaker, tmp_path):
     words = ["one", "two", "three", "four five six"]
     rows = [{"question": "seven", "choices": words, "gold": gold} for gold in range(4)]
-    found = multiple_choice(speaker.model, speaker.vocab, speaker.text_tokenizer, rows)
+    found, each = multiple_choice(speaker.model, speaker.vocab, speaker.text_tokenizer, rows)
+    assert sorted(right for _, right, _ in each) == [0, 0, 0, 100], "100 * right, to be averaged"
     assert ask(rows[0], ())[0] == "Question: seven\nAnswer:"
     assert ask(rows[0] | {"ending": True}, ()) == ("seven", [f" {word}" for word in words])
     assert found["acc"][0] == found["acc_norm"][0] == 0.25, "one and the same choice wins four times"
@@ -76,6 +81,8 @@ def test_the_likeliest_choice_wins_and_letters_follow_their_examples(speaker, tm
     assert read_rows(str(path), 2) == [rows[0], rows[2]]
     code, out, err = run_here(ROOT / "eval_text.py", speaker.run, f"--choices={path}")
     assert code == 0 and "acc 25.0 %" in out, err
+    code, out, err = run_here(ROOT / "eval.py", speaker.run, f"--compare={speaker.run}")
+    assert code == 0 and "q.jsonl, % right: 25 and 25, difference +0 (+0 to +0), within chance" in out, err
     path.write_text(json.dumps(rows[0] | {"gold": 4}))
     code, _, err = run_here(ROOT / "eval_text.py", speaker.run, f"--choices={path}")
     assert code == 2 and "line 1 is not a question" in err
