@@ -246,7 +246,7 @@ def explain(speaker, args, generator):
     if args.task == "tts":
         prompt = speaker.encode(load_audio(args.prompt)) if args.prompt else None
         made, wav = explain_tts(speaker, " ".join(args.input), prompt, generator, head)
-        save_audio(args.out or "out.wav", wav)
+        save_audio(args.out, wav)
     elif args.task == "asr" and len(args.input) == 1:
         made, text = explain_asr(speaker, load_audio(args.input[0]), head)
         print(text)

@@ -135,14 +135,16 @@ def main(arguments):
     check_sampling(speaker.config)
     generator = torch.Generator().manual_seed(args.seed)
     read = lambda path: speaker.encode(load_audio(path))
+    from_stdin = args.input == ["-"]
+    several = not args.stream and (from_stdin or args.task == "continue" and len(args.input) > 1)
+    args.out = args.out or ("samples" if several else "out.wav")
     if args.explain:
         return explain(speaker, args, generator)
-    from_stdin = args.input == ["-"]
     lines = [line.strip() for line in sys.stdin if line.strip()] if from_stdin else args.input
     if args.task == "asr":
         return transcribe_files(speaker, lines, args)
     if args.task == "continue":
-        return say_all(speaker, lines, from_stdin or len(lines) > 1, args,
+        return say_all(speaker, lines, several, args,
                        lambda path: continue_file(speaker, read(path), generator))
     texts = lines if from_stdin else [" ".join(lines)]
     if args.task == "text":
@@ -155,11 +157,11 @@ def main(arguments):
         return None
     prompt = read(args.prompt) if args.prompt else None
     if args.stream:
-        return write_stream(args.out or "out.wav", stream_all(speaker, texts, prompt, generator))
+        return write_stream(args.out, stream_all(speaker, texts, prompt, generator))
     whisper, missing = open_whisper(args.whisper) if args.whisper else (None, None)
     if missing:
         raise ValueError(missing)
-    return say_all(speaker, texts, from_stdin, args,
+    return say_all(speaker, texts, several, args,
                    lambda text: speaker.speak(text, prompt, args.best, generator, whisper))
 
 
@@ -192,7 +194,7 @@ def continue_file(speaker, codes, generator):
 def say_all(speaker, inputs, several, args, say):
     """say(input) -> (wav (n,), about) for each: into the wav args.out, or, `several`, into that folder, with
     samples.jsonl about each."""
-    out = args.out or ("samples" if several else "out.wav")
+    out = args.out
     if several and os.path.splitext(out)[1]:
         raise ValueError(f"--out={out} is one wav, for several: name a folder")
     for number, given in enumerate(inputs):
