@@ -2,7 +2,8 @@
 
 Helper of sample.py and eval.py. A reference is what was said, a hypothesis what somebody heard. Texts are
 compared as they are; what Whisper writes ("Mr. Smith paid $20.") is first brought into one spelling with the
-reference by Whisper's own English normaliser.
+reference by Whisper's own English normaliser. Whisper itself is a folder or hub id, openai/whisper-base for
+instance, read by transformers, or what ct2-transformers-converter makes of it, read by faster-whisper.
 """
 import functools
 import json
@@ -10,12 +11,18 @@ import os
 import re
 
 import numpy as np
+import tokenizers
+import torch
 
 from shards import write_file
 from spoken_numbers import ONES, TENS, cardinal, digits
-from tokenize_audio import SAMPLE_RATE
+from tokenize_audio import SAMPLE_RATE, cut_wav
+from tokenize_text import find_folder
 
 NUMBER_WORDS = {*ONES, *TENS, "hundred", "thousand", "and"}
+WHISPER_FILES = ("config.json", "tokenizer.json", "generation_config.json", "preprocessor_config.json",
+                 "model.safetensors", "model-0*.safetensors", "model.safetensors.index.json", "model.bin",
+                 "vocabulary.*")
 
 
 def edit_distance(reference, hypothesis):
@@ -186,30 +193,71 @@ def english():
     return EnglishTextNormalizer()
 
 
-class Whisper:
-    """An external judge through faster-whisper: hear(wav) -> what it wrote, greedily. Its usual retries, at
-    rising temperatures where it is unsure, are off: a judge says the same each time."""
+def with_silence(wav):
+    """wav (n,) at 16 kHz, with half a second around it: Whisper is poor on bare short clips."""
+    silence = np.zeros(SAMPLE_RATE // 2, np.float32)
+    return np.concatenate([silence, wav.astype(np.float32), silence])
+
+
+class FastWhisper:
+    """An external judge through faster-whisper, a model in CTranslate2 form: hear(wav) -> what it wrote,
+    greedily. Its usual retries, at rising temperatures where it is unsure, are off: a judge says the same
+    each time."""
 
     def __init__(self, folder):
         from faster_whisper import WhisperModel
         self.model = WhisperModel(folder, device="cpu", compute_type="float32", cpu_threads=os.cpu_count())
 
     def hear(self, wav):
-        """wav (n,) at 16 kHz, with silence around it (Whisper is poor on bare short clips) -> text."""
-        silence = np.zeros(SAMPLE_RATE // 2, np.float32)
-        padded = np.concatenate([silence, wav.astype(np.float32), silence])
-        segments, _ = self.model.transcribe(padded, language="en", beam_size=1, temperature=0.0,
+        """wav (n,) at 16 kHz, of any length -> text."""
+        segments, _ = self.model.transcribe(with_silence(wav), language="en", beam_size=1, temperature=0.0,
                                             without_timestamps=True, condition_on_previous_text=False)
         return " ".join(segment.text for segment in segments)
 
 
-def open_whisper(folder):
-    """-> (Whisper, None), or (None, how to get what is missing)."""
+class Whisper:
+    """The same judge through transformers, a model as the hub has it. Only faster-whisper drops a piece
+    that it takes for silence."""
+
+    def __init__(self, folder):
+        with open(f"{folder}/config.json") as f:
+            about = json.load(f)
+        if about.get("model_type") != "whisper":
+            raise ValueError(f"config.json has the model_type {about.get('model_type')!r}")
+        from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+        self.model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        self.features = WhisperFeatureExtractor(feature_size=self.model.config.num_mel_bins)
+        with open(f"{folder}/tokenizer.json", encoding="utf-8") as f:
+            self.tokenizer = tokenizers.Tokenizer.from_str(f.read())
+        number, options = self.tokenizer.token_to_id, self.model.generation_config
+        self.end = number("<|endoftext|>")
+        # not every folder has a generation_config.json that says these; English-only models lack one token
+        options.no_timestamps_token_id = number("<|notimestamps|>")
+        options.lang_to_id = {"<|en|>": number("<|en|>")}
+        options.task_to_id = {"transcribe": number("<|transcribe|>")}
+        options.is_multilingual = self.model.config.vocab_size >= 51865
+        self.task = {"language": "en", "task": "transcribe"} if options.is_multilingual else {}
+
+    def hear(self, wav):
+        """wav (n,) at 16 kHz, of any length: cut at quiet places to what Whisper's 30 s hold -> text."""
+        texts = []
+        for piece in cut_wav(wav, 28):
+            mel = self.features(with_silence(piece), sampling_rate=SAMPLE_RATE, return_tensors="pt")
+            [ids] = self.model.generate(mel.input_features, do_sample=False, num_beams=1, **self.task)
+            texts.append(self.tokenizer.decode(ids[ids < self.end].tolist()))       # the others are special
+        return " ".join(texts)
+
+
+def open_whisper(name):
+    """Folder of a Whisper, or id on the Hugging Face hub -> (FastWhisper or Whisper, whichever reads what is
+    there, None), or (None, how to get what is missing)."""
     try:
         english()
-        return Whisper(folder), None
+        folder = find_folder(name, WHISPER_FILES)
+        return (FastWhisper if os.path.isfile(f"{folder}/model.bin") else Whisper)(folder), None
     except ImportError as problem:
         return None, f"no {problem.name}: pip install -e '.[eval]'"
     except (ValueError, OSError, RuntimeError) as problem:
-        return None, (f"no Whisper model in CTranslate2 form in {folder} ({str(problem).splitlines()[0]}): "
-                      "ct2-transformers-converter --model openai/whisper-base makes one")
+        return None, (f"no Whisper in {name} ({str(problem).splitlines()[0]}): give openai/whisper-base or "
+                      "another id, its folder, or what ct2-transformers-converter makes of that; and "
+                      "pip install -e '.[eval]'")
