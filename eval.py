@@ -2,7 +2,7 @@
 
 Sixteenth file of the reading order.
   python eval.py out/numbers                    rewrites out/numbers/results.json, wavs and curves
-  python eval.py out/numbers --whisper=DIR      also lets Whisper judge the speech (pip install -e '.[eval]')
+  python eval.py out/numbers --whisper=NAME     also lets Whisper judge the speech (pip install -e '.[eval]')
   python eval.py out/numbers --voice            whose voice it is, how natural, how fast (eval_voice.py)
   python eval.py out/mine --choices=mmlu.jsonl  what it knows of text (eval_text.py, whose flags these are)
   python eval.py out/numbers --plot out/b       curves of both runs in out/numbers/compare.png
@@ -313,7 +313,7 @@ def table(results):
 def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", help="folder of a run, for instance out/numbers")
-    parser.add_argument("--whisper", help="folder of a Whisper model in CTranslate2 form")
+    parser.add_argument("--whisper", help="a Whisper of the hub, or its folder: see wer.py")
     parser.add_argument("--data", help="folder of prepared data (default: those of the training)")
     parser.add_argument("--n", type=int, help="utterances of each test (default: as in the configuration)")
     parser.add_argument("--join", type=int, default=1, help="so many utterances of a speaker as a long one")

@@ -119,7 +119,7 @@ def main(arguments):
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
     parser.add_argument("--beam", type=int, default=1, help="asr: keep so many hypotheses (1: greedy)")
     parser.add_argument("--best", type=int, default=1, help="tts: of so many samples the best, by own ASR")
-    parser.add_argument("--whisper", help="tts --best: by this Whisper's ear (CTranslate2 form) instead")
+    parser.add_argument("--whisper", help="tts --best: by this Whisper's ear instead, see wer.py")
     parser.add_argument("--json", action="store_true", help="a line of json for each")
     parser.add_argument("--explain", metavar="PAGE", help="asr, tts: look inside, see explain.py")
     parser.add_argument("--head", help="LAYER,HEAD whose attention that page shows (default: the best)")
