@@ -35,6 +35,7 @@ LYRA_FILES = ("soundstream_encoder.tflite", "lyragan.tflite", "codebooks.npy")
 WINDOW_S, CONTEXT_S = 30.0, 2.0     # long audio goes in windows; frames so near a cut come from the next one
 BATCH_S = 480               # seconds of audio in a batch, on a GPU; on a CPU one utterance after the other
 FRAME_HZ = SAMPLE_RATE / HOP
+BEAM = 4                    # of Lyra's quantisation: a tenth less of the energy is lost (docs/data.md)
 
 
 # ---- speech encoders ---------------------------------------------------------------------------------------
@@ -317,7 +318,7 @@ class PretrainedTokenizer:
             features = (features - mean) / std
         semantic = nearest(features, self.arrays["clusters"].to(features.device)).cpu()     # (T,)
         if "books" in self.arrays:
-            acoustic = quantise(self.codec.features(wav), self.arrays["books"])             # (T', levels)
+            acoustic = quantise(self.codec.features(wav), self.arrays["books"], BEAM)       # (T', levels)
         else:
             acoustic = self.codec.codes(soxr.resample(wav, SAMPLE_RATE, self.codec.rate))
         expected = len(semantic) * self.frame_hz / FRAME_HZ

@@ -151,13 +151,22 @@ def nearest(x, centroids):
     return torch.cat([distances(piece, centroids).argmin(1) for piece in x.split(size)])
 
 
-def quantise(x, books):
-    """Residual vector quantisation: x (T, C), books (levels, K, C) -> codes (T, levels)."""
-    codes = []
+def quantise(x, books, beam=1):
+    """Residual vector quantisation: x (T, C), books (levels, K, C) -> codes (T, levels). beam: so many of the
+    best beginnings are kept at each level, as the nearest code now may leave what later levels lack."""
+    (T, C), K = x.shape, books.shape[1]
+    codes, rest, frame = torch.zeros(T, 1, 0, dtype=torch.long), x[:, None], torch.arange(T)[:, None]
     for book in books:
-        codes.append(nearest(x, book))
-        x = x - book[codes[-1]]
-    return torch.stack(codes, 1)
+        if beam == 1:
+            code = nearest(rest[:, 0], book)[:, None]                                       # (T, 1)
+            begun = torch.zeros_like(code)
+        else:
+            cost = distances(rest.reshape(-1, C), book).view(T, -1, K) + rest.pow(2).sum(2, keepdim=True)
+            best = cost.flatten(1).topk(min(beam, cost[0].numel()), largest=False).indices  # (T, beam)
+            begun, code = best // K, best % K
+        codes = torch.cat([codes[frame, begun], code[..., None]], 2)                # (T, beam, levels so far)
+        rest = rest[frame, begun] - book[code]                                              # (T, beam, C)
+    return codes[:, 0]
 
 
 def kmeans(x, n_cluster, generator, n_iter=12):

@@ -15,6 +15,7 @@ from tokenize_audio import (
     istft,
     load_audio,
     log_mel,
+    quantise,
     same_text_pairs,
     save_audio,
     smooth_path,
@@ -59,6 +60,21 @@ def test_decoding_keeps_the_spectrum_and_more_levels_keep_more(tokenizer):
                for n in (1, 4, 8)]
     errors = [float((p - mel).pow(2).mean()) for p in partial]
     assert errors[0] > errors[1] > errors[2]
+
+
+def test_a_beam_over_levels_loses_less():
+    """One that keeps everything finds what trying all codes finds; of 1, it takes the nearest each time."""
+    generator = torch.Generator().manual_seed(0)
+    x, books = torch.randn(40, 3, generator=generator), torch.randn(3, 5, 3, generator=generator)
+    made = lambda codes: sum(book[code] for book, code in zip(books, codes.T))
+    lost = {beam: (x - made(quantise(x, books, beam))).pow(2).sum(1) for beam in (1, 4, 125)}
+    every = torch.cartesian_prod(*[torch.arange(5)] * 3)                    # (125, 3)
+    least = torch.cdist(x, made(every)).pow(2).min(1).values
+    torch.testing.assert_close(lost[125], least, rtol=1e-4, atol=1e-4)
+    assert lost[4].mean() < 0.9 * lost[1].mean() and (lost[125] <= lost[4] + 1e-5).all()
+    first = torch.cdist(x, books[0]).argmin(1)
+    second = torch.cdist(x - books[0][first], books[1]).argmin(1)
+    assert torch.equal(quantise(x, books)[:, :2], torch.stack([first, second], 1))
 
 
 def test_istft_inverts_stft():
