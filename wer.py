@@ -231,11 +231,12 @@ class Whisper:
             self.tokenizer = tokenizers.Tokenizer.from_str(f.read())
         number, options = self.tokenizer.token_to_id, self.model.generation_config
         self.end = number("<|endoftext|>")
-        # not every folder has a generation_config.json that says these; English-only models lack one token
+        # not every folder has a generation_config.json that says these, and transformers' own length is 20
+        options.max_length = self.model.config.max_target_positions
         options.no_timestamps_token_id = number("<|notimestamps|>")
         options.lang_to_id = {"<|en|>": number("<|en|>")}
         options.task_to_id = {"transcribe": number("<|transcribe|>")}
-        options.is_multilingual = self.model.config.vocab_size >= 51865
+        options.is_multilingual = self.model.config.vocab_size >= 51865     # English-only models lack a token
         self.task = {"language": "en", "task": "transcribe"} if options.is_multilingual else {}
 
     def hear(self, wav):
