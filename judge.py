@@ -162,7 +162,7 @@ def main(arguments):
     sound = commands.add_parser("sound")
     sound.add_argument("tokenizer", help="folder of a tokenizer")
     sound.add_argument("manifest")
-    sound.add_argument("--whisper", help="folder of a Whisper model in CTranslate2 form")
+    sound.add_argument("--whisper", help="hub id or folder of a Whisper model, see wer.py")
     sound.add_argument("--n", type=int, default=40, help="utterances of unseen speakers, or else any")
     words = commands.add_parser("words")
     words.add_argument("data", nargs="+", help="prepared folders")
