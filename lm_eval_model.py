@@ -8,7 +8,6 @@ A text is read as in training, from its own first token on and with no begin tok
 no long context. After `import lm_eval_model` the class is lm_eval's model "nanoopuslm" with the argument run.
 """
 import argparse
-import sys
 
 from decode import steps
 from eval_text import join, predictions, windows
@@ -20,11 +19,8 @@ try:
     import lm_eval
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
-except ImportError:
-    if __name__ != "__main__":
-        raise
-    print("lm_eval: not available: pip install -e '.[lm-eval]'")
-    sys.exit(3)
+except ImportError:             # main says so
+    lm_eval, LM, register_model = None, object, lambda name: lambda kind: kind
 
 MAX_TOKENS = 256        # of an answer, where the task does not say
 
@@ -87,6 +83,9 @@ def main(arguments):
     parser.add_argument("--num_fewshot", type=int, help="answered examples before each (default: the task's)")
     parser.add_argument("--include_path", help="a folder with tasks of your own")
     args = parser.parse_args(arguments)
+    if lm_eval is None:
+        print("lm_eval: not available: pip install -e '.[lm-eval]'")
+        return 3
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
     found = lm_eval.simple_evaluate(NanoOpusLM(args.run), tasks=args.tasks.split(","), limit=args.limit,
@@ -95,6 +94,7 @@ def main(arguments):
     print(make_table(found))
     if found.get("groups"):
         print(make_table(found, "groups"))
+    return 0
 
 
 if __name__ == "__main__":
