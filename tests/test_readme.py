@@ -160,6 +160,7 @@ def test_flags_amid_the_text_are_there():
     """`eval.py --whisper`, a part of a command, is a flag of that script; `--lower` alone, of one of them."""
     scripts = [path.name for path in ROOT.glob("*.py") if path.name != "demo.py" and has_parser(path.name)]
     known = set().union(*map(flags_of, [*scripts, "train.py"]), flags_of("sample.py", "export"),
+                        flags_of("tokenize_audio.py", "fit-acoustic"),
                         *(flags_of("judge.py", what) for what in ("sound", "words", "cost")),
                         get_args_parser()._option_string_actions)
     n = 0
