@@ -41,7 +41,6 @@ def stand_in(monkeypatch):
 def model(tiny_run, monkeypatch):
     if not importlib.util.find_spec("lm_eval"):
         stand_in(monkeypatch)
-    monkeypatch.delitem(sys.modules, "lm_eval_model", raising=False)
     return importlib.import_module("lm_eval_model").NanoOpusLM(tiny_run, dtype="float32")
 
 
