@@ -104,7 +104,7 @@ class Speaker:
                 found = generate(self.model, self.vocab, prefixes, TEXT, limits)
             for i, limit, (frames, ended) in zip(part, limits, found):
                 text = self.text(frames)
-                read[i] = (text if ended else text[:limit]), ended
+                read[i] = (text if ended else text[:limit].rstrip()), ended
         return read
 
     def transcribe(self, codes, **options):
