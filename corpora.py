@@ -19,6 +19,7 @@ import json
 import os
 import zlib
 from array import array
+from codecs import BOM_UTF8
 from copy import copy
 from itertools import chain
 
@@ -47,8 +48,9 @@ class Manifest:
         self.path, self.base, self.header = path, os.path.dirname(os.path.abspath(path)), None
         offsets, splits, hashes, speakers, self.rejects = array("q"), array("b"), array("q"), set(), []
         with open(path, "rb") as f:
+            f.seek(len(BOM_UTF8) * (f.read(len(BOM_UTF8)) == BOM_UTF8))     # some spreadsheets begin with one
             if not path.endswith(".jsonl"):
-                self.header = f.readline().decode("utf-8-sig", "replace").rstrip("\r\n").split("\t")
+                self.header = f.readline().decode("utf-8", "replace").rstrip("\r\n").split("\t")
                 missing = [field for field in FIELDS if field not in self.header]
                 if missing:
                     raise ValueError(f"{path}: its header lacks {', '.join(missing)}; a manifest has the "
@@ -79,7 +81,7 @@ class Manifest:
         """A line -> dict with FIELDS, split and speed; audio is a full path, "" where there is none; None for
         an empty line. ValueError(reason) or ValueError(id, reason)."""
         try:
-            line = line.decode("utf-8").lstrip("\ufeff").rstrip("\r\n")
+            line = line.decode("utf-8").rstrip("\r\n")
         except UnicodeDecodeError:
             raise ValueError("not UTF-8") from None
         if not line.strip():

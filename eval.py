@@ -43,7 +43,6 @@ from wer import (
     compare,
     error_report,
     file_ending,
-    home_of,
     interval,
     keep_results,
     open_whisper,
@@ -205,9 +204,9 @@ def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto", best=1
     n: utterances of each test, and guidance of synthesis, instead of what the run's configuration says.
     join: so many utterances of a speaker as one, long one. beam: recognition keeps so many hypotheses, and
     nothing else is measured. Of all that the files have other names (wer.file_ending)."""
-    began, speaker, (_, checkpoint) = time.time(), Speaker(run, quant=quant, dtype=dtype), home_of(run)
+    began, speaker = time.time(), Speaker(run, quant=quant, dtype=dtype)
     run, c = speaker.run, speaker.config
-    ending = file_ending(checkpoint, data, n, join, beam, guidance, quant)
+    ending = file_ending(speaker.checkpoint, data, n, join, beam, guidance, quant)
     data = find_data(speaker, data)
     if n is not None:
         c.eval_utterances = c.tts_utterances = n
@@ -247,7 +246,7 @@ def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto", best=1
     results["parameters"] = sum(p.numel() for p in speaker.model.parameters())
     keep_results(run, ending, results, items, anew=True)
     write_file(f"{run}/transcripts{ending}.json", json.dumps(transcripts, indent=1))
-    if ending in ("", f"_{checkpoint}"):
+    if ending in ("", f"_{speaker.checkpoint}"):
         note_error_rates(run, speaker.state, results)
         plot_curves(run)
     return results

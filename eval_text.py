@@ -27,7 +27,7 @@ from parallel import empty_model
 from script import run_script
 from speaker import Speaker
 from tokenize_text import TOKENIZER_FILES, TextTokenizer, find_folder
-from wer import file_ending, home_of, interval, keep_results
+from wer import file_ending, interval, keep_results
 
 SHOTS, WINDOW, BATCH = 5, 1024, 2048        # examples before an MMLU question; tokens of a text; of a batch
 PIECE = 100                                 # tokens that a bootstrap draws together
@@ -222,7 +222,7 @@ def main(arguments):
                 "{} {:.1f} % ({:.1f} to {:.1f})".format(key, *(100 * x for x in found[key])) for key in (
                     "acc", "acc_norm")) + f", n={found['n']}", flush=True)
     if os.path.isdir(speaker.run):
-        ending = file_ending(home_of(args.run)[1], n=args.n)
+        ending = file_ending(speaker.checkpoint, n=args.n)
         about = {"step": speaker.state.get("step"), "not_available": missing}
         keep_results(speaker.run, ending, {"text": results | about}, items)
     return 3 if missing else 0

@@ -27,7 +27,7 @@ from eval import find_data, pick_utterances
 from script import run_script
 from speaker import Speaker
 from tokenize_audio import SAMPLE_RATE
-from wer import file_ending, home_of, interval, keep_results
+from wer import file_ending, interval, keep_results
 
 PIP = {"resemblyzer": "pip install --no-deps resemblyzer webrtcvad-wheels; pip install librosa",
        "speechmos": "pip install --no-deps speechmos; pip install librosa onnxruntime",
@@ -186,7 +186,7 @@ def main(arguments):
         print(f"{measure}: not available: {how}")
     print("{} texts, {:.0f} % ({:.0f} to {:.0f}) ended by themselves; ".format(
         len(prompts), *(100 * x for x in share)) + f"wavs and VERSA's lists in {speaker.run}/voices")
-    ending = file_ending(home_of(args.run)[1], args.data, args.n, guidance=args.guidance, quant=args.quant)
+    ending = file_ending(speaker.checkpoint, args.data, args.n, guidance=args.guidance, quant=args.quant)
     keep_results(speaker.run, ending, {"voice": results | {
         "n": len(prompts), "ended": share, "step": speaker.state["step"], "not_available": missing}}, items)
     return 3 if missing else 0

@@ -366,12 +366,13 @@ class PretrainedTokenizer:
         """whole: with copies of the encoder and the codec, where those are folders, and not on the hub."""
         os.makedirs(folder, exist_ok=True)
         about = {part: dict(self.about[part]) for part in ("semantic", "acoustic")}
-        for part, network in (("semantic", "encoder"), ("acoustic", "codec")) if whole else ():
-            source = self.place(about[part][network])
-            if about[part][network] != "." and os.path.isdir(source):
+        for part, network in (("semantic", "encoder"), ("acoustic", "codec")):
+            name = about[part][network]
+            source = self.place(name)
+            if name != "." and os.path.isdir(source) and (whole or source != name):     # ours stays so
                 os.makedirs(f"{folder}/{network}", exist_ok=True)
-                for name in filter(os.listdir(source).__contains__, WEIGHTS):
-                    shutil.copy(f"{source}/{name}", f"{folder}/{network}/{name}")
+                for file in filter(os.listdir(source).__contains__, WEIGHTS):
+                    shutil.copy(f"{source}/{file}", f"{folder}/{network}/{file}")
                 about[part][network] = network
         for name in LYRA_FILES if self.about["acoustic"]["codec"] == "." else ():
             shutil.copy(f"{self.folder}/{name}", f"{folder}/{name}")

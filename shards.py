@@ -55,12 +55,9 @@ def write_file(path, data):
 
 
 def copy_folder(source, target):
-    """Copy the files of a folder beside and rename, in place of what is there."""
+    """Copy a folder, but for what fit.py keeps in it, beside and rename, in place of what is there."""
     shutil.rmtree(target + ".tmp", ignore_errors=True)
-    os.makedirs(target + ".tmp")
-    for name in os.listdir(source):
-        if os.path.isfile(f"{source}/{name}"):
-            shutil.copy(f"{source}/{name}", f"{target}.tmp/{name}")
+    shutil.copytree(source, target + ".tmp", ignore=shutil.ignore_patterns("fit-*"))
     shutil.rmtree(target, ignore_errors=True)
     os.rename(target + ".tmp", target)
 

@@ -48,13 +48,13 @@ class Speaker:
     def __init__(self, run, quant="", dtype="auto"):
         self.model, self.config, self.vocab, self.state = load_model(run, dtype=dtype)
         prepare_for_decoding(self.model, quant)
-        self.run, self.tokenizer, self.frame_hz = run, None, Tokenizer.frame_hz
+        self.run, self.checkpoint, self.tokenizer, self.frame_hz = run, "", None, Tokenizer.frame_hz
         if is_published(run):           # its text tokenizer is the base LLM's; audio tokenizers are elsewhere
             beside = os.path.exists(f"{run}/tokenizer.json")
             folder = run if beside else find_folder(self.config.init_from, TOKENIZER_FILES)
             self.text_tokenizer = TextTokenizer.load(folder)
             return
-        self.run, _ = home_of(run)
+        self.run, self.checkpoint = home_of(run)
         self.text_tokenizer = TextTokenizer.load(f"{self.run}/text_tokenizer")
         if os.path.isdir(f"{self.run}/audio_tokenizer"):
             self.tokenizer = t = Tokenizer.load(f"{self.run}/audio_tokenizer")

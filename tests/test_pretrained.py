@@ -13,6 +13,7 @@ from conftest import ROOT, run_here, shared_folder
 import prepare
 from fit import fit_clusters, spread
 from pretrained import BEAM, NeuralCodec, PretrainedTokenizer, SpeechEncoder, windows
+from shards import copy_folder
 from tokenize_audio import Tokenizer, load_audio, quantise
 
 transformers = pytest.importorskip("transformers")
@@ -193,8 +194,11 @@ def test_fitted_by_the_command_line_it_is_a_tokenizer_like_any_other(tmp_path):
         Tokenizer.load(folder).encode(wav)
     whole = Tokenizer.load(os.path.relpath(tmp_path / "whole"))
     np.testing.assert_array_equal(whole.encode(wav), codes)
-    whole.save(tmp_path / "whole-again", whole=True)
-    np.testing.assert_array_equal(Tokenizer.load(tmp_path / "whole-again").encode(wav), codes)
+    whole.save(tmp_path / "whole-again")
+    (tmp_path / "whole-again/fit-semantic-1").mkdir()       # as prepare.py copies it
+    copy_folder(str(tmp_path / "whole-again"), str(tmp_path / "copy"))
+    np.testing.assert_array_equal(Tokenizer.load(tmp_path / "copy").encode(wav), codes)
+    assert not (tmp_path / "copy/fit-semantic-1").exists(), "what was fitted on is large"
     for name in ("hubert", "dac"):
         os.rename(tmp_path / f"{name}-moved", tmp_path / name)
     features = SpeechEncoder(hubert).features(wav)
