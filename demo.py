@@ -138,15 +138,17 @@ def actions(speaker):
         """-> (a piece of sound or None, the whole or None, a line)"""
         text, generator = checked(text), random_numbers(seed)
         prompt = prompt_of(voice)
-        began, first, pieces, ends = time.time(), None, [], []
+        began, first, pieces, how = time.time(), None, [], ""
 
         def spoken():
+            nonlocal how
             try:
-                ends.append((yield from speaker.synthesise_stream(text, prompt, generator)))
+                if not (yield from speaker.synthesise_stream([text], prompt, generator)):
+                    how = ", cut at its limit"
             except OutOfTime:
                 if not pieces:
                     raise
-                ends.append(None)
+                how = ", cut: out of time"
 
         for piece in spoken():
             if len(piece):
@@ -158,7 +160,6 @@ def actions(speaker):
             raise ValueError("the model ended at once and said nothing: try another seed")
         wav, took = np.concatenate(pieces), time.time() - began
         seconds = len(wav) / SAMPLE_RATE
-        how = ", cut: out of time" if None in ends else "" if all(ends) else ", cut at its limit"
         yield None, sound(wav), (f"{seconds:.2f} s of sound in {took:.2f} s ({seconds / took:.1f} times real "
                                  f"time), the first after {first:.2f} s{how}")
 

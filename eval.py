@@ -216,7 +216,7 @@ def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto", best=1
     seen, unseen = (Dataset(data, split, token_streams=c.token_streams) for split in ("seen", "unseen"))
     for dataset in (seen, unseen):
         dataset.vocab = same_vocab(dataset.vocab, speaker.vocab, run)
-    results, transcripts, items = {"asr": {}}, {}, {}
+    results, transcripts, items, others = {"asr": {}}, {}, {}, beam == 1
     for name, dataset in (("seen", seen), ("unseen", unseen)):
         results["asr"][name], transcripts[f"asr_{name}"] = evaluate_asr(
             speaker, dataset, pick_utterances(dataset, c.eval_utterances, join), beam)
@@ -224,14 +224,14 @@ def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto", best=1
             items[f"ASR WER, {name}, %"] = rated(*zip(*transcripts[f"asr_{name}"]))
     voices = unseen if len(unseen.paired()) else seen
     whisper, missing = open_whisper(whisper_folder) if whisper_folder else (None, None)
-    groups = pick_utterances(voices, c.tts_utterances, join) if beam == 1 else []
+    groups = pick_utterances(voices, c.tts_utterances, join) if others else []
     results["tts"], transcripts["tts"], tts_items = evaluate_tts(
         speaker, voices, groups, f"{run}/wavs{ending}", whisper, best)
     results["not_available"] = {"TTS WER by Whisper": missing} if missing else {}
-    heeds = [task for task in ("asr", synthesis_task(c)) if c.mixture.get(task) and beam == 1]
+    heeds = [task for task in ("asr", synthesis_task(c)) if c.mixture.get(task) and others]
     results["listening"] = {task: listening(speaker, voices, task) for task in heeds}
     results["perplexity"], items = {}, items | tts_items
-    for name, dataset in (("seen", seen), ("unseen", unseen)) if beam == 1 else ():
+    for name, dataset in (("seen", seen), ("unseen", unseen)) if others else ():
         results["perplexity"][name], found = perplexities(speaker, dataset)
         items |= {f"{kind}, {name}": rows for kind, rows in found.items()}
     record = {"seconds": {}}

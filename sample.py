@@ -62,14 +62,6 @@ def export(run, folder, text_only=False):
     print(f"{folder}: {', '.join(sorted(os.listdir(folder)))}")
 
 
-def stream_all(speaker, texts, prompt, generator):
-    """Wav pieces of one text after another; returns whether all ended by themselves."""
-    ends = []
-    for text in texts:
-        ends.append((yield from speaker.synthesise_stream(text, prompt, generator)))
-    return all(ends)
-
-
 def write_stream(path, pieces):
     """Write wav pieces as they come, `-`: as bare 16-bit samples to stdout; says how long the first took, and
     how it ended, which `pieces` returns."""
@@ -157,7 +149,7 @@ def main(arguments):
         return None
     prompt = read(args.prompt) if args.prompt else None
     if args.stream:
-        return write_stream(args.out, stream_all(speaker, texts, prompt, generator))
+        return write_stream(args.out, speaker.synthesise_stream(texts, prompt, generator))
     whisper, missing = open_whisper(args.whisper) if args.whisper else (None, None)
     if missing:
         raise ValueError(missing)

@@ -189,11 +189,11 @@ class Speaker:
         return np.concatenate(wavs[:-1]), {"ended": all(ended for _, ended in best),
                                            "wrong": wrong and float(np.mean(wrong))}
 
-    def synthesise_stream(self, text, prompt, generator=None, **options):
-        """Yields speech of a text of any length, wav pieces (n,) at 16 kHz, while it decodes. Returns whether
-        all of it ended by itself."""
+    def synthesise_stream(self, texts, prompt, generator=None, **options):
+        """Yields speech of [text], each of any length, wav pieces (n,) at 16 kHz, while it decodes. Returns
+        whether all of it ended by itself."""
         ends = []
-        for part in cut_text(text) or [text]:
+        for part in (part for text in texts for part in cut_text(text) or [text]):
             if ends:
                 yield BREATH
             ends.append((yield from self.stream_part(part, prompt, generator, **options)))

@@ -155,7 +155,7 @@ def test_streamed_speech_is_the_speech_in_pieces(tiny_run, tiny_data, monkeypatc
         top_k=10, generator=g))
     text = "seven three five"
     [(whole, _)] = speaker.synthesise([text], [codes], torch.Generator().manual_seed(3))
-    pieces = list(speaker.synthesise_stream(text, codes, torch.Generator().manual_seed(3), chunk=10))
+    pieces = list(speaker.synthesise_stream([text], codes, torch.Generator().manual_seed(3), chunk=10))
     assert len(pieces) == 8 and sum(map(len, pieces)) == len(whole) * 320 == 24000
     loud = lambda wav: np.sqrt(np.square(wav[:len(wav) // 320 * 320].reshape(-1, 320)).mean(1))
     streamed, at_once = loud(np.concatenate(pieces)), loud(speaker.decode(whole))
@@ -166,17 +166,17 @@ def test_streamed_speech_is_the_speech_in_pieces(tiny_run, tiny_data, monkeypatc
         return lambda codes: np.repeat(np.asarray(codes)[:, 1], 320)
 
     monkeypatch.setattr(speaker.tokenizer, "start_decoding", goes_on)
-    pieces = list(speaker.synthesise_stream(text, codes, torch.Generator().manual_seed(3), chunk=10))
+    pieces = list(speaker.synthesise_stream([text], codes, torch.Generator().manual_seed(3), chunk=10))
     assert np.array_equal(np.concatenate(pieces), np.repeat(np.asarray(whole)[:, 1], 320))
-    heard = []          # a long text goes in parts, with a breath between, and says whether all ended
+    heard = []          # a long text goes in parts, as texts do, a breath between, and says whether all ended
     monkeypatch.setattr(speaker, "stream_part", lambda part, *_: (heard.append(part), (yield np.ones(5)))
                         and part.startswith("no"))
-    pieces = speaker.synthesise_stream("no. " * 60 + "yes. " * 9, codes)
+    pieces = speaker.synthesise_stream(["no. " * 60 + "yes. " * 9, "no more"], codes)
     lengths = []
     with pytest.raises(StopIteration) as end:
         while True:
             lengths.append(len(next(pieces)))
-    assert lengths == [5, 1600, 5] and " ".join(heard) == "no. " * 60 + "yes. " * 8 + "yes."
+    assert lengths == [5, 1600, 5, 1600, 5] and " ".join(heard) == "no. " * 60 + "yes. " * 9 + "no more"
     assert end.value.value is True
 
 
