@@ -33,6 +33,7 @@ from data import Dataset, Loader, prompt_frames
 from heads import batch_loss, weighted_loss
 from interleave import speech_frames, text_frames, training_example
 from plot import plot_comparison, plot_curves, read_run
+from results import compare, file_ending, keep_results
 from script import run_script
 from shards import write_file
 from speaker import Speaker
@@ -40,11 +41,8 @@ from tokenize_audio import load_audio, save_audio
 from wer import (
     capped_rate,
     comparable,
-    compare,
     error_report,
-    file_ending,
     interval,
-    keep_results,
     open_whisper,
     rated,
 )
@@ -88,7 +86,7 @@ def draw_prompts(speaker, dataset, groups, rng):
 def evaluate_tts(speaker, dataset, groups, folder, whisper=None, best=1, seed=0):
     """Speak the texts of `groups`, prompted by another utterance of the speaker; have them read. best: and
     again by the best of so many samples, as its own ASR hears them. -> results, transcripts, and items of
-    the model's own speech (wer.keep_results)."""
+    the model's own speech (results.keep_results)."""
     n, c = len(groups), speaker.config
     if n == 0 or not synthesis_task(c) or c.token_streams == "semantic":    # semantic tokens have no sound
         return {"own_asr": {"wer": None, "n": 0, "ended": None}, "whisper": None}, [], {}
@@ -203,7 +201,7 @@ def evaluate(run, whisper_folder=None, data=None, quant="", dtype="auto", best=1
     """Measure everything, write results.json, wavs and curves.png into the run's folder; returns results.
     n: utterances of each test, and guidance of synthesis, instead of what the run's configuration says.
     join: so many utterances of a speaker as one, long one. beam: recognition keeps so many hypotheses, and
-    nothing else is measured. Of all that the files have other names (wer.file_ending)."""
+    nothing else is measured. Of all that the files have other names (results.file_ending)."""
     began, speaker = time.time(), Speaker(run, quant=quant, dtype=dtype)
     run, c = speaker.run, speaker.config
     ending = file_ending(speaker.checkpoint, data, n, join, beam, guidance, quant)

@@ -24,10 +24,11 @@ from checkpoint import starting_weights
 from heads import stream_logits
 from interleave import EOS, text_frames
 from parallel import empty_model
+from results import file_ending, keep_results
 from script import run_script
 from speaker import Speaker
 from tokenize_text import TOKENIZER_FILES, TextTokenizer, find_folder
-from wer import file_ending, interval, keep_results
+from wer import interval
 
 SHOTS, WINDOW, BATCH = 5, 1024, 2048        # examples before an MMLU question; tokens of a text; of a batch
 PIECE = 100                                 # tokens that a bootstrap draws together

@@ -24,10 +24,11 @@ from checkpoint import same_vocab
 from config import synthesis_task
 from data import Dataset
 from eval import find_data, pick_utterances
+from results import file_ending, keep_results
 from script import run_script
 from speaker import Speaker
 from tokenize_audio import SAMPLE_RATE
-from wer import file_ending, interval, keep_results
+from wer import interval
 
 PIP = {"resemblyzer": "pip install --no-deps resemblyzer webrtcvad-wheels; pip install librosa",
        "speechmos": "pip install --no-deps speechmos; pip install librosa onnxruntime",
@@ -96,7 +97,7 @@ def load(measure, package, missing, make, *arguments):
 
 def measure_voices(groups, prompts, embed=None, meters=()):
     """groups {name: ([wav (n,)], [text])}, prompts [wav], meters [function wav -> {measure: value}] ->
-    {name: {measure: (mean, low, high)}}, and items of the first group (wer.keep_results)."""
+    {name: {measure: (mean, low, high)}}, and items of the first group (results.keep_results)."""
     anchors = [embed(wav) for wav in prompts] if embed else []
     results, items = {}, {}
     for name, (wavs, texts) in groups.items():

@@ -14,9 +14,10 @@ from convert import is_published
 from data import prompt_frames
 from decode import beam_search, generate, prepare_for_decoding, steps
 from interleave import SPEECH, TEXT, Vocab, generation_prefix, speech_codes, speech_frames, text_frames
+from results import home_of
 from tokenize_audio import Tokenizer, cut_wav
 from tokenize_text import TOKENIZER_FILES, TextTokenizer, find_folder
-from wer import comparable, edit_distance, home_of
+from wer import comparable, edit_distance
 
 LETTER_S = 0.02, 0.24       # speech is not shorter (50 letters a second) nor longer (4, and a second more)
 PIECE_LETTERS = 200         # longer texts are spoken piece by piece,

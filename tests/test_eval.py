@@ -13,16 +13,14 @@ from conftest import ROOT, run_here
 from data import Dataset
 from eval import evaluate, note_error_rates, pick_utterances
 from plot import read_run
+from results import compare, file_ending, keep_results
 from wer import (
     capped_rate,
     comparable,
-    compare,
     edit_counts,
     edit_distance,
     error_report,
-    file_ending,
     interval,
-    keep_results,
     rated,
     spell_out,
     word_error_rate,
