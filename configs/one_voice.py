@@ -2,7 +2,7 @@
 # clusters and SoundStream. docs/one_voice.md has the commands, and what came of it on two cores.
 out_dir = "out/one_voice"
 data = "data/one-20"        # pieces of 1 to 20 words
-curriculum = {"data/one-4": 0.25}       # of 1 to 4 before: without them it hardly begins to read
+curriculum = {"data/one-4": 0.31}       # of 1 to 4 before: without them it hardly begins to read
 
 n_layer = 8
 n_head = 4
@@ -17,7 +17,7 @@ loss_region = "target"
 # 2 rows x 1024 frames = 2,048 frames a step
 row_frames = 1024
 batch_rows = 2
-max_steps = 6000
+max_steps = 4000
 decay = 0.6
 lr = 5e-3
 muon_lr = 0.01
