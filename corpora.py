@@ -334,6 +334,7 @@ def main(arguments):
         raise ValueError(__doc__)
     path, *descriptions = arguments
     n, speakers = 0, set()
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path + ".tmp", "w", encoding="utf-8") as f:
         for row in chain.from_iterable(map(read_corpus, descriptions)):
             if n == 0 and not path.endswith(".jsonl"):

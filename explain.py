@@ -10,6 +10,7 @@ between text and speech. Of all heads we show the one that follows the speech be
 import base64
 import html
 import io
+import os
 
 import numpy as np
 import soundfile
@@ -252,6 +253,7 @@ def explain(speaker, args, generator):
         print(text)
     else:
         raise ValueError("--explain goes with asr of one file, or tts of one text")
+    os.makedirs(os.path.dirname(args.explain) or ".", exist_ok=True)
     with open(args.explain, "w", encoding="utf-8") as f:
         f.write(made)
     print(f"{args.explain}: open it in a browser")

@@ -190,10 +190,7 @@ def say_all(speaker, inputs, several, args, say):
     if several and os.path.splitext(out)[1]:
         raise ValueError(f"--out={out} is one wav, for several: name a folder")
     for number, given in enumerate(inputs):
-        path = out
-        if several:
-            os.makedirs(out, exist_ok=True)
-            path = f"{out}/{number:04d}.wav"
+        path = f"{out}/{number:04d}.wav" if several else out
         wav, about = say(given)
         save_audio(path, wav)
         about |= {"wav": path, "text" if args.task == "tts" else "audio": given, "prompt": args.prompt,

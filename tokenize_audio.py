@@ -47,6 +47,7 @@ def load_audio(path, speed=1.0, longest=None):
 
 def save_audio(path, wav):
     """Write wav (n,) at 16 kHz in the format that the path ends in. ValueError says why it can't be."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
         soundfile.write(path, wav, SAMPLE_RATE)
     except (soundfile.LibsndfileError, TypeError) as error:

@@ -40,9 +40,10 @@ def test_each_layout_gives_its_utterances(layout, tmp_path):
     [row] = read_corpus(f"{layout}:unseen:{tmp_path}")
     expected = {"id": name, "audio": str(tmp_path / audio), "text": text, "speaker": speaker}
     assert row == expected | {"split": "unseen", "speed": "1"}
-    code, out, _ = run_here(ROOT / "corpora.py", tmp_path / "all.tsv", f"{layout}:train:{tmp_path}")
+    made = tmp_path / "my" / "all.tsv"          # in a folder that is not there yet
+    code, out, _ = run_here(ROOT / "corpora.py", made, f"{layout}:train:{tmp_path}")
     assert code == 0 and "1 utterances, 1 speakers" in out
-    found = Manifest(str(tmp_path / "all.tsv"))
+    found = Manifest(str(made))
     assert list(found.rows([0])) == [row | {"split": "train", "speed": 1.0}] and not found.rejects
 
 
